@@ -1,0 +1,200 @@
+"""Checkpoints: a folder of safetensors and JSON, written beside its place and renamed into it, the marker last.
+
+    RUN/config.yaml                       the resolved config, itself a valid input
+    RUN/checkpoints/step-00001200/        model.safetensors  training.safetensors  state.json  COMPLETE
+A bare `RUN/model.safetensors` beside config.yaml (as in the built-in reasoner) is a run without training state.
+Nothing is ever unpickled.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from looplm.config import load_yaml, parse
+from looplm.errors import CheckpointError, TrainingError
+from looplm.model.looped import LoopedLM, ModelConfig
+
+MODEL, TRAINING, STATE, MARKER, CONFIG = "model.safetensors", "training.safetensors", "state.json", "COMPLETE", "config.yaml"
+BUILTIN = "builtin:"
+
+
+@dataclass
+class LoadedRun:
+    """A run folder read back."""
+
+    model: LoopedLM
+    config: dict[str, Any]
+    """The whole resolved config, as plain data."""
+    path: Path
+    """Where the weights were read."""
+
+
+def load(run: str | Path) -> LoopedLM:
+    """The model of a run folder, or of `builtin:reasoner`: newest complete checkpoint, fp32, ready for inference."""
+    return load_run(run).model
+
+
+def load_run(run: str | Path) -> LoadedRun:
+    """As `load`, with the run's config."""
+    folder = run_folder(run)
+    weights = folder if (folder / MODEL).is_file() else latest_checkpoint(folder)
+    config = load_yaml(folder / CONFIG)
+    if not isinstance(config.get("model"), dict):
+        raise CheckpointError(f"{folder / CONFIG} has no `model:` section; it is not the config of a run")
+    model = LoopedLM(parse(ModelConfig, config["model"], source=str(folder / CONFIG)))
+    load_weights(model, weights / MODEL)
+    return LoadedRun(model.eval(), config, weights)
+
+
+def run_folder(run: str | Path) -> Path:
+    """The folder of a run by path or by `builtin:NAME`."""
+    text = str(run)
+    if text.startswith(BUILTIN):
+        root = Path(str(resources.files("looplm"))) / "builtin"
+        names = sorted(path.parent.name for path in root.glob(f"*/{MODEL}"))
+        if text.removeprefix(BUILTIN) not in names:
+            raise CheckpointError(f"no built-in model {text!r}; there is {', '.join(BUILTIN + name for name in names)}")
+        return root / text.removeprefix(BUILTIN)
+    folder = Path(run)
+    if not folder.is_dir():
+        raise CheckpointError(f"no run folder {text!r}; give a folder that `looplm train` made, or builtin:reasoner")
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{text!r} holds no {CONFIG}; give a folder that `looplm train` made")
+    return folder
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first. A folder without its marker was cut short and does not count."""
+    return sorted(path.parent for path in folder.glob(f"checkpoints/step-*/{MARKER}"))
+
+
+def latest_checkpoint(folder: Path) -> Path:
+    """The newest complete checkpoint of a run."""
+    found = checkpoints(folder)
+    if not found:
+        raise CheckpointError(f"{str(folder)!r} holds no complete checkpoint; the run was stopped before its first one")
+    return found[-1]
+
+
+def load_weights(model: LoopedLM, path: Path) -> None:
+    """Read weights into `model`, in the model's own type; missing, extra and misshapen keys are listed in one error."""
+    tensors = read_tensors(path)
+    own = {name: tensor for name, tensor in model.state_dict().items() if name not in tied_names(model)}
+    problems = [f"missing {name}" for name in own if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in own]
+    problems += [
+        f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if problems:
+        raise CheckpointError(f"{path} does not fit the model of its config: {'; '.join(problems)}")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file, or one clear error."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is cut short or not a safetensors file ({error}); restore or retrain it") from None
+
+
+def save_weights(model: LoopedLM, path: Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write the weights, tied ones once, optionally in a smaller type."""
+    tensors = {name: t.detach() for name, t in model.state_dict().items() if name not in tied_names(model)}
+    save_file({name: t.to(dtype or t.dtype).contiguous() for name, t in tensors.items()}, path)
+
+
+def tied_names(model: LoopedLM) -> set[str]:
+    """Names in the state dict that repeat another's tensor."""
+    return {"head.weight"} if model.config.tied_head else set()
+
+
+def save_checkpoint(
+    folder: Path, *, step: int, model: LoopedLM, optimizers: list[Optimizer], state: dict[str, Any], keep: int
+) -> Path:
+    """Write one complete checkpoint and delete all but the newest `keep`. A failure leaves the earlier ones intact."""
+    final = folder / "checkpoints" / f"step-{step:08d}"
+    if (final / MARKER).exists():
+        return final
+    temporary = final.with_name(final.name + ".partial")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_weights(model, temporary / MODEL)
+        training = optimizer_tensors(optimizers) | {"torch_rng": torch.get_rng_state()}
+        save_file(training, temporary / TRAINING)
+        (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        for path in temporary.iterdir():
+            _sync(path)
+        temporary.rename(final)
+        (final / MARKER).touch()
+        _sync(final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        left = checkpoints(folder)
+        kept = f"the last one, {left[-1]}, is intact" if left else "there is no earlier one"
+        raise TrainingError(f"checkpoint {final} could not be written ({error}); {kept}. Free space and resume.") from None
+    for old in checkpoints(folder)[:-keep]:
+        (old / MARKER).unlink()
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(folder: Path, *, model: LoopedLM, optimizers: list[Optimizer]) -> dict[str, Any]:
+    """Restore the newest complete checkpoint into model and optimizers; returns the state that was saved with it."""
+    path = latest_checkpoint(folder)
+    load_weights(model, path / MODEL)
+    training = read_tensors(path / TRAINING)
+    torch.set_rng_state(training.pop("torch_rng"))
+    restore_optimizers(optimizers, training, source=path / TRAINING)
+    try:
+        return json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / STATE} cannot be read ({error})") from None
+
+
+def optimizer_tensors(optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    """All optimizer state as named tensors: `{optimizer}.{parameter}.{name}`. Rates are recomputed from the config."""
+    return {
+        f"{number}.{index}.{name}": value.contiguous()
+        for number, optimizer in enumerate(optimizers)
+        for index, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
+
+
+def restore_optimizers(optimizers: list[Optimizer], tensors: dict[str, Tensor], *, source: Path) -> None:
+    """The inverse of `optimizer_tensors`."""
+    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+    for key, tensor in tensors.items():
+        number, index, name = key.split(".", 2)
+        if int(number) >= len(optimizers):
+            raise CheckpointError(f"{source} was written by other optimizers than the config names")
+        states[int(number)].setdefault(int(index), {})[name] = tensor
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _sync(path: Path) -> None:
+    """Make a file or folder durable before anything that relies on it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,61 @@
+"""`looplm count` and `looplm config`: what a preset is, before anything is trained."""
+
+from typing import Annotated
+
+import typer
+
+
+def count(
+    model: Annotated[str, typer.Argument(help="A model preset, a YAML file or a run folder.")],
+    loops: Annotated[
+        str, typer.Option(help="Numbers of loops to count FLOPs for, as 1,2,4,8.", show_default=True)
+    ] = "1,2,4,8",
+    json_out: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Parameters and FLOPs per token by number of loops."""
+    import json
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from looplm.cli.arguments import loop_counts
+    from looplm.config import load_preset, load_yaml, parse
+    from looplm.model.count import count as count_model
+    from looplm.model.looped import ModelConfig
+
+    run_config = Path(model) / "config.yaml"
+    data = load_yaml(run_config)["model"] if run_config.is_file() else load_preset("model", model)
+    config = parse(ModelConfig, data, source=f"model {model!r}")
+    counts = [count_model(config, n_loops=n) for n in loop_counts(loops)]
+    if json_out:
+        typer.echo(json.dumps([asdict(each) for each in counts]))
+        return
+    first = counts[0]
+    typer.echo(f"{model}: {first.parameters:,} parameters ({first.embedding:,} embedding, {first.core:,} in the loop)")
+    table = Table("n_loops", "active parameters", "FLOPs/token", "training FLOPs/token", "fp32 KV bytes/token")
+    for each in counts:
+        numbers = (each.active, each.flops_per_token, each.training_flops_per_token, each.kv_bytes_per_token)
+        table.add_row(str(each.n_loops), *(f"{number:,}" for number in numbers))
+    Console().print(table)
+    typer.echo(f"FLOPs at a context of {config.seq_len // 2} tokens, half of seq_len; the config's own n_loops is {config.n_loops}.")
+
+
+def config(
+    recipe: Annotated[str | None, typer.Argument(help="A run preset or YAML file; none lists the presets.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes such as train.seed=1.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Another model preset or YAML file.", show_default=False)] = None,
+) -> None:
+    """Print the resolved config of a run, a valid input itself."""
+    from looplm.config import preset_names, to_yaml
+
+    if recipe is None:
+        typer.echo(f"run presets:   {', '.join(preset_names('run'))}")
+        typer.echo(f"model presets: {', '.join(preset_names('model'))}")
+        return
+    from looplm.train.run import resolve_run
+
+    typer.echo(to_yaml(resolve_run(recipe, overrides=overrides or [], model=model)), nl=False)

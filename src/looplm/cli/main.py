@@ -1,0 +1,39 @@
+"""The `looplm` command. Only typer is imported here: everything else waits until a verb needs it, so help is instant."""
+
+import sys
+
+import typer
+
+from looplm.cli import evaluate, inspect, talk, train
+from looplm.errors import LooplmError
+
+app = typer.Typer(
+    name="looplm",
+    help="Small language models that think in loops: train, measure and talk to them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command("chat")(talk.chat)
+app.command("generate")(talk.generate)
+app.command("count")(inspect.count)
+app.command("config")(inspect.config)
+app.command("demo")(evaluate.demo)
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's ends in one line, not a traceback."""
+    try:
+        app()
+    except LooplmError as error:
+        typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+        typer.echo(str(error), err=True)
+        sys.exit(1)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output left, as `looplm ... | head` does
+        sys.exit(141)
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        sys.exit(130)

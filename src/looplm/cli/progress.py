@@ -1,0 +1,92 @@
+"""What a person sees of a run while it goes on: a bar in a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from looplm.telemetry.sinks import Record
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class TrainingProgress:
+    """An observer of `fit`: loss, loops, tokens/s and time left."""
+
+    def __init__(self, label: str = "training") -> None:
+        self.is_terminal = sys.stderr.isatty()
+        self.label = label
+        self._started = time.perf_counter()
+        self._first_progress: float | None = None
+        self._last_line = 0.0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=False,
+        )
+        self._task = self._bar.add_task(label, total=1.0, numbers="starting: probing the machine, compiling")
+
+    def __enter__(self) -> "TrainingProgress":
+        if self.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.is_terminal:
+            self._bar.stop()
+
+    def __call__(self, record: Record) -> None:
+        elapsed = time.perf_counter() - self._started
+        progress = float(record["progress"])
+        if self._first_progress is None:
+            self._first_progress = progress if progress < 0.5 else 0.0
+        gained = progress - (self._first_progress if elapsed > 60 else 0.0)
+        left = elapsed * (1 - progress) / gained if gained > 0 else float("nan")
+        numbers = (
+            f"step {record['step']:,}  loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tok/s  "
+            f"waiting {record['waiting_share']:.1%}  {_clock(left)} left"
+        )
+        self._bar.update(self._task, completed=progress, numbers=numbers)
+        if not self.is_terminal and (elapsed - self._last_line > SECONDS_BETWEEN_LINES or progress >= 1):
+            self._last_line = elapsed
+            print(f"{self.label} {progress:4.0%}  {numbers}", file=sys.stderr, flush=True)
+
+
+class CountProgress:
+    """A bar over a known number of things."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._bar.add_task(label, total=total)
+
+    def __enter__(self) -> "CountProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def __call__(self, n_more: int) -> None:
+        self._bar.advance(self._task, n_more)
+
+
+def _clock(seconds: float) -> str:
+    return "--:--" if seconds != seconds else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

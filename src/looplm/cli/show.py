@@ -1,0 +1,46 @@
+"""Tables in the terminal."""
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from looplm.eval.interval import Score
+from looplm.eval.staircase import Row
+
+
+def percent(score: Score) -> str:
+    """`99.4 [98.3, 99.8]` in percent."""
+    low, high = score.interval
+    return f"{100 * score.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def reasoning_table(title: str, columns: Mapping[str, Mapping[str, Score | str]]) -> None:
+    """Tasks down, models or loop counts across."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("task")
+    for name in columns:
+        table.add_column(name, justify="right")
+    tasks = list(dict.fromkeys(task for scores in columns.values() for task in scores))
+    for task in tasks:
+        cells = [scores.get(task, "-") for scores in columns.values()]
+        table.add_row(task, *(percent(cell) if isinstance(cell, Score) else cell for cell in cells))
+    Console().print(table)
+
+
+def staircase_table(title: str, models: Mapping[str, Sequence[Row]]) -> None:
+    """Loops down, lengths across, a block per model; percent of sequences with every position right."""
+    lengths = list(dict.fromkeys(row.length for rows in models.values() for row in rows))
+    table = Table(title=title, title_justify="left")
+    table.add_column("model")
+    table.add_column("loops")
+    for length in lengths:
+        table.add_column(f"n={length}", justify="right")
+    for name, rows in models.items():
+        for rule in dict.fromkeys(row.rule for row in rows):
+            cells = {row.length: f"{100 * row.exact.accuracy:.1f}" for row in rows if row.rule == rule}
+            table.add_row(name, rule, *(cells.get(length, "-") for length in lengths))
+        table.add_section()
+    Console().print(table)
+    n = next(iter(models.values()))[0].exact.n
+    Console().print(f"[dim]{n} fresh sequences a cell, % exact; 95 % interval at 100 %: [{100 * Score(n, n).interval[0]:.1f}, 100][/dim]")

@@ -1,0 +1,86 @@
+"""`looplm chat` and `looplm generate`."""
+
+from typing import Annotated, Any
+
+import typer
+
+RunArgument = Annotated[str, typer.Argument(help="A run folder, or builtin:reasoner.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.", show_default=False)]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")]
+MinP = Annotated[float, typer.Option(help="Keep tokens at least this likely, relative to the likeliest.")]
+Penalty = Annotated[float, typer.Option(help="Above 1 makes repeated tokens less likely.")]
+Seed = Annotated[int, typer.Option(help="Seed of the draws.")]
+
+
+def chat(
+    run: RunArgument = "builtin:reasoner",
+    loops: Annotated[int | None, typer.Option(help="Loops to start with.", show_default=False)] = None,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+) -> None:
+    """Ask questions in the terminal. Steps are shown dimmed, the answer plain; /loops N turns the dial."""
+    from looplm.cli.chat import run_chat
+
+    run_chat(run, n_loops=loops, sampling=_sampling(temperature=temperature, seed=seed))
+
+
+def generate(
+    run: RunArgument,
+    prompt: Annotated[list[str], typer.Option(help="A question; repeat the option for a batch.")],
+    loops: Annotated[int | None, typer.Option(help="Passes through the core.", show_default=False)] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 320,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    json_out: Annotated[bool, typer.Option("--json", help="Print one JSON object a prompt.")] = False,
+) -> None:
+    """Answer prompts, all in one batch."""
+    import json
+    import time
+
+    import torch
+
+    from looplm.infer.reasoner import Reasoner
+
+    sampling = _sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    torch.set_num_threads(1)  # a model this small decodes no faster on two, and far slower on two busy ones
+    reasoner = Reasoner.load(run)
+    started = time.perf_counter()
+    replies = reasoner.answer(prompt, n_loops=loops, max_new_tokens=max_new_tokens, sampling=sampling)
+    seconds = time.perf_counter() - started
+    for question, reply in zip(prompt, replies, strict=True):
+        if json_out:
+            record = {
+                "prompt": question,
+                "answer": reply.completion.answer,
+                "steps": list(reply.completion.steps),
+                "well_formed": reply.completion.well_formed,
+                "text": reply.text,
+                "n_loops": loops or reasoner.model.config.n_loops,
+                "n_tokens": len(reply.generation.ids),
+                "stopped_by": reply.generation.stopped_by,
+                "seconds": round(seconds, 4),
+            }
+            typer.echo(json.dumps(record))
+        else:
+            for step in reply.completion.steps:
+                typer.secho(f"  {step}", dim=True)
+            typer.echo(reply.completion.answer if reply.completion.answer is not None else reply.text)
+
+
+def _sampling(**values: Any) -> Any:
+    from looplm.config import parse
+    from looplm.infer.sampling import SamplingConfig
+
+    return parse(SamplingConfig, values, source="sampling options")

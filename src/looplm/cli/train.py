@@ -1,0 +1,61 @@
+"""`looplm train`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE] [KEY=VALUE]...",
+            help="A run preset (reason, s3, s3-iso-parameter, s3-iso-flop) or a YAML file, then changes such as train.seed=1.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder to make. Default: runs/RECIPE.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="Another model preset or YAML file.", show_default=False)] = None,
+    minutes: Annotated[float | None, typer.Option(help="Budget of wall time.", show_default=False)] = None,
+    steps: Annotated[int | None, typer.Option(help="Budget of optimizer updates.", show_default=False)] = None,
+    tokens: Annotated[int | None, typer.Option(help="Budget of tokens.", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, data and plans.", show_default=False)] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Continue this run folder in place of starting one.", show_default=False)
+    ] = None,
+) -> None:
+    """Train a model. Ctrl-C saves a checkpoint and says how to go on."""
+    from looplm.cli.progress import TrainingProgress
+    from looplm.errors import ConfigError
+    from looplm.train.run import resolve_run, resume_run, start_run
+
+    words = list(arguments or [])
+    recipe = words.pop(0) if words and "=" not in words[0] else None
+    overrides = [f"train.{key}={value}" for key, value in (("seed", seed),) if value is not None]
+    budgets = {"minutes": minutes, "steps": steps, "tokens": tokens}
+    if any(value is not None for value in budgets.values()):
+        # a budget given here replaces the preset's, whatever its unit
+        overrides += [f"train.{name}={'null' if value is None else value}" for name, value in budgets.items()]
+    overrides += words
+    with TrainingProgress() as progress:
+        if resume is not None:
+            if recipe is not None or out is not None or model is not None:
+                raise ConfigError("--resume continues a run as it is: leave out the recipe, --out and --model")
+            folder = resume
+            result = resume_run(resume, overrides=overrides, observers=(progress,))
+        else:
+            if recipe is None:
+                raise ConfigError("no recipe given; try: looplm train reason --minutes 15 --out runs/r")
+            folder = out or Path("runs") / Path(recipe).stem
+            config = resolve_run(recipe, overrides=overrides, model=model)
+            result = start_run(config, folder, observers=(progress,))
+    position = result.position
+    share = position.seconds_waited / max(position.seconds, 1e-9)
+    typer.echo(
+        f"{'stopped' if result.interrupted else 'done'}: step {position.step:,}, {position.tokens:,} tokens in "
+        f"{position.seconds / 60:.1f} min, loss {result.final_loss:.4f}, {share:.1%} of the time waiting for data"
+    )
+    typer.echo(f"saved {result.checkpoint}")
+    if result.interrupted:
+        typer.echo(f"go on with: looplm train --resume {folder}")

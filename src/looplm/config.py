@@ -1,0 +1,168 @@
+"""Loading, overriding, validating and saving configs.
+
+Config classes live beside the class they configure and inherit from `Config`. A config file is YAML, may name one
+`base:` preset, and is always saved resolved: what stands beside a checkpoint is itself a valid input.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from looplm.errors import ConfigError
+
+PRESETS = Path(__file__).parent / "presets"
+PresetKind = Literal["model", "run"]
+
+
+class Config(BaseModel):
+    """Base of all configs: frozen, unknown keys refused, defaults checked too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+C = TypeVar("C", bound=Config)
+
+
+def parse(cls: type[C], data: Mapping[str, Any], *, source: str) -> C:
+    """Build `cls` from plain data, or raise one ConfigError that names the key, the value and the mend."""
+    try:
+        return cls.model_validate(dict(data))
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(cls, error)}") from None
+
+
+def preset_names(kind: PresetKind) -> list[str]:
+    """Names of the presets of one kind, sorted."""
+    return sorted(path.stem for path in (PRESETS / kind).glob("*.yaml"))
+
+
+def load_preset(kind: PresetKind, name_or_path: str) -> dict[str, Any]:
+    """The plain data of a preset by name, or of a YAML file by path, with its `base:` merged in below it."""
+    if name_or_path.endswith((".yaml", ".yml")):
+        path = Path(name_or_path)
+    else:
+        names = preset_names(kind)
+        if name_or_path not in names:
+            raise ConfigError(
+                f"no {kind} preset named {name_or_path!r}{did_you_mean(name_or_path, names)} Presets: {', '.join(names)}."
+                " A path ending in .yaml is read as a file."
+            )
+        path = PRESETS / kind / f"{name_or_path}.yaml"
+    data = load_yaml(path)
+    base = data.pop("base", None)
+    return merge(load_preset(kind, base), data) if base is not None else data
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML mapping."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {str(path)!r} does not exist") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"config file {str(path)!r} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"config file {str(path)!r} must hold a mapping of keys to values, not {type(data).__name__}")
+    return data
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, mapping by mapping. A mapping with another `kind` replaces the whole mapping below it,
+    since the keys of one kind mean nothing to another."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        both_mappings = isinstance(below, Mapping) and isinstance(value, Mapping)
+        if both_mappings and ("kind" not in value or value["kind"] == below.get("kind")):
+            merged[key] = merge(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Apply `a.b=value` strings; values are read as YAML (`3`, `1e-3`, `true`, `[1, 2]`, `{kind: none}`)."""
+    result = dict(data)
+    for text in overrides:
+        key, separator, value_text = text.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"override {text!r} is not of the form key.key=value")
+        try:
+            value = _as_number(yaml.safe_load(value_text))
+        except yaml.YAMLError:
+            raise ConfigError(f"override {text!r}: the value {value_text!r} is not valid YAML") from None
+        nested: Any = value
+        for part in reversed(key.strip().split(".")):
+            nested = {part: nested}
+        result = merge(result, nested)
+    return result
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML, with every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` where something close is known, else a full stop."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def _as_number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-3` as a string; people who type it mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(cls: type[BaseModel], error: ValidationError) -> str:
+    """One line for the first problem pydantic found, with the number of further ones."""
+    problems = error.errors()
+    first = problems[0]
+    where = ".".join(str(part) for part in first["loc"]) or "(top level)"
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(cls, first["loc"][:-1])
+        text = f"unknown key {where!r}{did_you_mean(str(first['loc'][-1]), known)}"
+        if known:
+            text += f" Known keys here: {', '.join(known)}."
+    elif first["type"] == "missing":
+        text = f"key {where!r} is required and not given."
+    elif first["type"] == "value_error":
+        text = f"{where}: {first['msg'].removeprefix('Value error, ')}"
+    elif first["type"] == "union_tag_invalid":
+        expected = first.get("ctx", {}).get("expected_tags", "")
+        tag = str(first.get("ctx", {}).get("tag", ""))
+        known = [name.strip(" '") for name in expected.split(",")]
+        text = f"{where}: unknown kind {tag!r}{did_you_mean(tag, known)} Known kinds: {expected}."
+    else:
+        text = f"{where}: {first['msg']}, got {first['input']!r}."
+    return text if len(problems) == 1 else f"{text} ({len(problems) - 1} more problems after this one)"
+
+
+def _known_keys(cls: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """The keys of the (possibly tagged) config at `path` below `cls`."""
+    options: list[Any] = [cls]
+    for part in path:
+        found: list[Any] = []
+        for option in options:
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                if part in option.model_fields:
+                    found += _config_classes(option.model_fields[str(part)].annotation)
+                elif option.model_fields.get("kind") and option.model_fields["kind"].default == part:
+                    found.append(option)
+        options = found
+    return sorted({key for option in options for key in option.model_fields})
+
+
+def _config_classes(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [cls for part in getattr(annotation, "__args__", ()) for cls in _config_classes(part)]

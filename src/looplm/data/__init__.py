@@ -1,0 +1,1 @@
+"""From text and tasks to batches of token ids."""

@@ -1,0 +1,68 @@
+"""Packing short documents into rows of one length, each seeing only itself.
+
+Attention is relative (RoPE), so a document needs no positions of its own, only a mask by document number.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = -100  # target of a position that is not scored
+
+# How many documents in a row may fail to fit before the batch is closed: more waste less, and drop more long documents.
+MAX_MISFITS = 16
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token ids, of which the first n_prompt are given and not scored."""
+
+    ids: list[int]
+    n_prompt: int
+
+
+@dataclass
+class Batch:
+    """One micro-batch. `targets[b, t]` is the token that follows `ids[b, t]`, or IGNORE."""
+
+    ids: Tensor  # (B, T) int64
+    targets: Tensor  # (B, T) int64
+    documents: Tensor | None = None  # (B, T) int32, which document a token belongs to; None where a row is one document
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens the model processes, padding included."""
+        return self.ids.numel()
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        documents = None if self.documents is None else self.documents.to(device)
+        return Batch(self.ids.to(device), self.targets.to(device), documents)
+
+
+def pack(draw: Callable[[], Document], *, n_rows: int, row_len: int, pad_id: int) -> Batch:
+    """Fill n_rows rows of row_len tokens with drawn documents, first fit. The label shift happens here and nowhere else."""
+    ids = np.full((n_rows, row_len), pad_id, dtype=np.int64)
+    targets = np.full((n_rows, row_len), IGNORE, dtype=np.int64)
+    documents = np.zeros((n_rows, row_len), dtype=np.int32)  # 0 is padding
+    used = np.zeros(n_rows, dtype=np.int64)
+    n_misfits, number = 0, 0
+    while n_misfits < MAX_MISFITS:
+        document = draw()
+        length = len(document.ids)
+        fitting = np.flatnonzero(used + length <= row_len)
+        if not len(fitting):
+            n_misfits += 1
+            continue
+        row = fitting[0]
+        start, end = used[row], used[row] + length
+        number += 1
+        ids[row, start:end] = document.ids
+        documents[row, start:end] = number
+        # position t predicts token t + 1; the first scored target is the first token after the prompt
+        targets[row, start + document.n_prompt - 1 : end - 1] = document.ids[document.n_prompt :]
+        used[row] = end
+    return Batch(torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(documents))

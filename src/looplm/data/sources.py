@@ -1,0 +1,117 @@
+"""What a run trains on. A source makes batch number i of a seed as a pure function: nothing to store for a resume, and
+any number of workers gives the same batches in the same order."""
+
+import random
+from typing import Annotated, Literal, Protocol
+
+import numpy as np
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from looplm.config import Config, did_you_mean
+from looplm.data.pack import Batch, Document, pack
+from looplm.data.tasks import REASONING, permutations
+from looplm.data.tasks.example import is_test_question, render_completion, render_prompt
+from looplm.data.tokenizer import PAD_ID, reasoning_tokenizer
+
+
+class Source(Protocol):
+    """Batches by number."""
+
+    def batch(self, index: int) -> Batch:
+        """Micro-batch number `index`."""
+        ...
+
+
+class ReasoningConfig(Config):
+    """The reasoning suite, packed."""
+
+    kind: Literal["reasoning"] = "reasoning"
+    n_rows: PositiveInt = 36
+    """Rows of a micro-batch."""
+    row_len: PositiveInt = 224
+    """Tokens of a row; a document longer than this is never trained on."""
+    weights: dict[str, PositiveFloat] = Field(default_factory=lambda: dict.fromkeys(REASONING, 1.0))
+    """Share of each task among the documents, relative."""
+
+    @field_validator("weights")
+    @classmethod
+    def _known_tasks(cls, weights: dict[str, float]) -> dict[str, float]:
+        for name in weights:
+            if name not in REASONING:
+                raise ValueError(f"unknown task {name!r}{did_you_mean(name, REASONING)} Tasks: {', '.join(REASONING)}.")
+        if not weights:
+            raise ValueError("no task has a weight; name at least one")
+        return weights
+
+
+class PermutationsConfig(Config):
+    """Permutation tracking in S3 (spec loops, 3.3): every position is scored."""
+
+    kind: Literal["permutations"] = "permutations"
+    batch_size: PositiveInt = 64
+    """Sequences of a micro-batch."""
+    min_len: PositiveInt = 2
+    """Shortest sequence."""
+    max_len: PositiveInt = 12
+    """Longest sequence."""
+    n_ramp: NonNegativeInt = 1000
+    """Batches over which the longest length drawn grows from min_len to max_len."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "PermutationsConfig":
+        if self.min_len > self.max_len:
+            raise ValueError(f"min_len {self.min_len} is above max_len {self.max_len}")
+        return self
+
+
+DataConfig = Annotated[ReasoningConfig | PermutationsConfig, Field(discriminator="kind")]
+
+
+class ReasoningSource:
+    """Fresh training questions for ever; test questions are drawn again."""
+
+    def __init__(self, config: ReasoningConfig, *, seed: int) -> None:
+        self.config = config
+        self.seed = seed
+        self.tokenizer = reasoning_tokenizer()
+
+    def batch(self, index: int) -> Batch:
+        rng = random.Random(f"reasoning {self.seed} {index}")
+        tasks = [REASONING[name] for name in self.config.weights]
+        weights = list(self.config.weights.values())
+
+        def draw() -> Document:
+            while True:
+                example = rng.choices(tasks, weights)[0].sample(rng)
+                if not is_test_question(example.question):
+                    break
+            prompt = self.tokenizer.encode(render_prompt(example.question)).ids
+            completion = self.tokenizer.encode(render_completion(example)).ids
+            return Document(prompt + completion, len(prompt))
+
+        return pack(draw, n_rows=self.config.n_rows, row_len=self.config.row_len, pad_id=PAD_ID)
+
+
+class PermutationsSource:
+    """Fresh S3 sequences, all of one length per batch, lengths growing over the first n_ramp batches."""
+
+    def __init__(self, config: PermutationsConfig, *, seed: int) -> None:
+        self.config = config
+        self.seed = seed
+
+    def batch(self, index: int) -> Batch:
+        config = self.config
+        rng = np.random.default_rng([self.seed, index])
+        ramp = min(1.0, (index + 1) / config.n_ramp) if config.n_ramp else 1.0
+        longest = config.min_len + round(ramp * (config.max_len - config.min_len))
+        length = int(rng.integers(config.min_len, longest + 1))
+        ids, targets = permutations.sequences(rng, n_sequences=config.batch_size, length=length)
+        return Batch(torch.from_numpy(ids), torch.from_numpy(targets))
+
+
+def make_source(config: ReasoningConfig | PermutationsConfig, *, seed: int) -> Source:
+    """The source that `config` names."""
+    if isinstance(config, PermutationsConfig):
+        return PermutationsSource(config, seed=seed)
+    return ReasoningSource(config, seed=seed)

@@ -1,0 +1,89 @@
+"""`What comes next: {x1}, {x2}, {x3}, {x4}, ?` Five kinds of sequence, all terms in 0..9999.
+
+The scratchpad takes the last two differences, names the rule they show, and applies it.
+"""
+
+import random
+
+from looplm.data.tasks.example import Example
+from looplm.data.tasks.scratchpad import compute
+
+NAME = "pattern"
+TOP = 9999
+
+
+def sample(rng: random.Random) -> Example:
+    """One of the five kinds, uniformly."""
+    return _solve(rng.choice(KINDS)(rng, TOP))
+
+
+def sample_harder(rng: random.Random) -> Example:
+    """Terms that leave 0..9999."""
+    while True:
+        terms = rng.choice(KINDS)(rng, 10 * TOP)
+        if max(terms) > TOP:
+            return _solve(terms)
+
+
+def _magnitude(rng: random.Random, top: int) -> int:
+    """A number of 0..top with a uniform number of digits half of the time: small numbers are what people ask about."""
+    return rng.randint(0, top) if rng.random() < 0.5 else rng.randint(0, min(top, 10 ** rng.randint(1, 4) - 1))
+
+
+def _arithmetic(rng: random.Random, top: int) -> list[int]:
+    while True:
+        start, step = _magnitude(rng, top), rng.choice((-1, 1)) * rng.randint(1, 20)
+        terms = [start + index * step for index in range(5)]
+        if min(terms) >= 0 and max(terms) <= top:
+            return terms
+
+
+def _geometric(rng: random.Random, top: int) -> list[int]:
+    ratio = rng.randint(2, 5)
+    start = rng.randint(1, top // ratio**4)
+    return [start * ratio**index for index in range(5)]
+
+
+def _alternating(rng: random.Random, top: int) -> list[int]:
+    while True:
+        first, second = _magnitude(rng, top), _magnitude(rng, top)
+        if first != second:
+            return [first, second, first, second, first]
+
+
+def _squares(rng: random.Random, top: int) -> list[int]:
+    root = rng.randint(0, int(top**0.5) - 4)
+    return [(root + index) ** 2 for index in range(5)]
+
+
+def _fibonacci(rng: random.Random, top: int) -> list[int]:
+    while True:
+        terms = [_magnitude(rng, top // 2), _magnitude(rng, top // 3)]
+        while len(terms) < 5:
+            terms.append(terms[-1] + terms[-2])
+        if 0 < terms[-1] <= top:
+            return terms
+
+
+KINDS = (_arithmetic, _geometric, _alternating, _squares, _fibonacci)
+
+
+def _solve(terms: list[int]) -> Example:
+    first, second, third, fourth, answer = terms
+    question = f"What comes next: {first}, {second}, {third}, {fourth}, ?"
+    if first == third and second == fourth:
+        return Example(question, ("alternates", f"={answer}"), str(answer))
+    late, early = compute(fourth, "-", third), compute(third, "-", second)
+    steps = late.steps + early.steps
+    if (early.value, late.value) == (first, second):
+        rest = ("sum of the last two", *compute(third, "+", fourth).steps)
+    elif late.value == early.value:
+        rest = ("same difference", *compute(fourth, "+", late.value).steps)
+    elif late.value == early.value + 2 == second - first + 4:
+        grown = compute(late.value, "+", 2)
+        rest = ("difference grows by 2", *grown.steps, *compute(fourth, "+", grown.value).steps)
+    else:
+        ratio = fourth // third
+        rest = (f"times {ratio}", *compute(fourth, "*", ratio).steps)
+    assert rest[-1] == f"={answer}"
+    return Example(question, steps + rest, str(answer))

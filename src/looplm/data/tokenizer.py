@@ -1,0 +1,48 @@
+"""The reasoner's tokenizer: byte-level BPE with every digit and every punctuation mark a token of its own.
+
+Words of the suite are single tokens; any other UTF-8 text falls back to bytes, so no question is refused.
+"""
+
+import random
+from functools import cache
+from importlib import resources
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from looplm.data.tasks import REASONING
+
+PAD, BOS, EOS = "<PAD>", "<BOS>", "<EOS>"
+SPECIAL = (PAD, BOS, EOS, "<INST>", "</INST>", "<THINK>", "</THINK>", "<STEP>", "<ANS>", "</ANS>")
+PAD_ID, EOS_ID = 0, 2
+VOCAB_SIZE = 512
+
+# A word with the space before it, a mark with the space before it, one digit, or one space. Never two digits or two
+# marks together: "==" as one token would hide the columns that a comparison is written in.
+PIECE = r" ?\p{L}+| ?[^\s\p{L}\p{N}]|\p{N}|\s"
+
+
+def train_tokenizer(*, n_samples: int = 20000, seed: int = 0) -> Tokenizer:
+    """Learn the merges from generated questions. The saved result is package data; a test trains it again."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(PIECE), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    rng = random.Random(seed)
+    tasks = list(REASONING.values())
+    examples = (tasks[index % len(tasks)].sample(rng) for index in range(n_samples))
+    texts = (text for example in examples for text in (example.question, *example.steps, example.answer))
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+@cache
+def reasoning_tokenizer() -> Tokenizer:
+    """The tokenizer that ships with the package."""
+    return Tokenizer.from_str(resources.files("looplm").joinpath("builtin/tokenizer.json").read_text(encoding="utf-8"))

@@ -1,0 +1,121 @@
+"""Scoring on the reasoning suite, or on anyone's questions: greedy decoding, exact match."""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from looplm.data.tasks import REASONING
+from looplm.data.tasks.example import Example, is_test_question
+from looplm.errors import DataError
+from looplm.eval.interval import Score
+from looplm.infer.reasoner import Reasoner, Reply
+
+EVAL_SEED = 20261121
+BATCH = 250
+FORMAT_TASK = "cot_format"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with the task it is counted under and the expected answer."""
+
+    task: str
+    question: str
+    answer: str
+
+
+@dataclass
+class Result:
+    """Scores by task at one number of loops, and the wrong answers."""
+
+    n_loops: int
+    scores: dict[str, Score]
+    mistakes: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def mean_accuracy(self) -> float:
+        """Mean over the answer tasks; cot_format stands beside it, not in it."""
+        values = [score.accuracy for task, score in self.scores.items() if task != FORMAT_TASK]
+        return sum(values) / len(values)
+
+
+def held_out_questions(n: int, *, harder: bool = False, seed: int = EVAL_SEED) -> list[Question]:
+    """`n` different held-out questions of each task; `harder` takes them from beyond the trained ranges."""
+    questions = []
+    for name, task in REASONING.items():
+        rng = random.Random(f"eval {seed} {name} {harder}")
+        draw: Callable[[random.Random], Example] = task.sample_harder if harder else task.sample
+        seen: set[str] = set()
+        while len(seen) < n:
+            example = draw(rng)
+            if is_test_question(example.question) and example.question not in seen:
+                seen.add(example.question)
+                questions.append(Question(name, example.question, example.answer))
+    return questions
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Questions from JSON lines of `{"task", "question", "answer"}`."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"question file {str(path)!r} cannot be read ({error})") from None
+    questions = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            questions.append(Question(str(record["task"]), str(record["question"]), str(record["answer"]).strip()))
+        except (ValueError, KeyError, TypeError):
+            raise DataError(
+                f'{path}, line {number}: expected {{"task": ..., "question": ..., "answer": ...}}, got {line[:80]!r}'
+            ) from None
+    if not questions:
+        raise DataError(f"question file {str(path)!r} holds no questions")
+    return questions
+
+
+def evaluate(
+    reasoner: Reasoner,
+    questions: Sequence[Question],
+    *,
+    n_loops: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Result:
+    """Score all questions; `on_progress` hears how many more are done."""
+    loops = reasoner.model.config.n_loops if n_loops is None else n_loops
+    right: dict[str, int] = {}
+    total: dict[str, int] = {}
+    n_formed = 0
+    mistakes = []
+    # similar lengths together: a batch runs as long as its longest answer
+    order = sorted(range(len(questions)), key=lambda index: (questions[index].task, len(questions[index].question)))
+    for start in range(0, len(order), BATCH):
+        part = [questions[index] for index in order[start : start + BATCH]]
+        replies = reasoner.answer([question.question for question in part], n_loops=loops)
+        for question, reply in zip(part, replies, strict=True):
+            is_right = reply.completion.answer == question.answer
+            total[question.task] = total.get(question.task, 0) + 1
+            right[question.task] = right.get(question.task, 0) + is_right
+            n_formed += reply.completion.well_formed
+            if not is_right:
+                mistakes.append(_mistake(question, reply))
+        if on_progress is not None:
+            on_progress(len(part))
+    tasks = list(dict.fromkeys(question.task for question in questions))
+    scores = {task: Score(right[task], total[task]) for task in tasks}
+    scores[FORMAT_TASK] = Score(n_formed, len(questions))
+    return Result(loops, scores, mistakes)
+
+
+def _mistake(question: Question, reply: Reply) -> dict[str, str]:
+    return {
+        "task": question.task,
+        "question": question.question,
+        "expected": question.answer,
+        "answer": reply.completion.answer or "",
+        "text": reply.text,
+    }

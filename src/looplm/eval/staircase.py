@@ -1,0 +1,88 @@
+"""The loop staircase: exact-sequence accuracy on permutation tracking by length and number of loops."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from looplm.data.tasks import permutations
+from looplm.errors import ConfigError, DataError
+from looplm.eval.interval import Score
+from looplm.model.looped import LoopedLM
+
+EVAL_SEED = 20261121
+N_SEQUENCES = 200
+LENGTHS = (12, 24, 32, 48, 64)
+LOOPS = ("n/2", "n", "1.5n", "2n")
+EXPRESSION = re.compile(r"(?:(\d+(?:\.\d+)?)?n(?:/(\d+))?)?(?:\+?(\d+))?")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell of the staircase."""
+
+    length: int
+    rule: str
+    loops: int
+    exact: Score
+
+    def as_dict(self) -> dict[str, float | int | str]:
+        low, high = self.exact.interval
+        return {
+            "length": self.length,
+            "loops": self.loops,
+            "rule": self.rule,
+            "exact": self.exact.accuracy,
+            "n": self.exact.n,
+            "low": low,
+            "high": high,
+        }
+
+
+def loops_for(rule: str, length: int) -> int:
+    """A number of loops from `12`, `n`, `n/2`, `1.5n` or `2n+4`, where n is the sequence length."""
+    match = EXPRESSION.fullmatch(rule.strip())
+    if not match or not rule.strip():
+        raise ConfigError(f"loops {rule!r} is not a number or a rule such as n, n/2, 1.5n or 2n+4")
+    factor, divisor, extra = match.groups()
+    if divisor == "0":
+        raise ConfigError(f"loops {rule!r} divides by zero")
+    has_length = "n" in rule
+    scaled = float(factor or 1) * length / int(divisor or 1) if has_length else 0.0
+    loops = round(scaled) + int(extra or 0)
+    if loops < 1:
+        raise ConfigError(f"loops {rule!r} gives {loops} at length {length}; a looped model runs its core at least once")
+    return loops
+
+
+@torch.inference_mode()
+def evaluate_staircase(
+    model: LoopedLM,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    rules: Sequence[str] = LOOPS,
+    n_sequences: int = N_SEQUENCES,
+    seed: int = EVAL_SEED,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[Row]:
+    """Every length with every rule, on the same fresh sequences of that length. A sequence counts when all its
+    positions are right."""
+    if model.config.vocab_size != permutations.VOCAB_SIZE or model.config.d_head_out != permutations.N_ANSWERS:
+        raise DataError("this model was not trained on permutations; give a run of `looplm train s3`")
+    rows = []
+    for length in lengths:
+        if length < 1:
+            raise ConfigError(f"length {length} is not a sequence; give 1 or more")
+        ids, answers = permutations.sequences(
+            np.random.default_rng([seed, length]), n_sequences=n_sequences, length=length
+        )
+        for rule in rules:
+            loops = loops_for(rule, length)
+            chosen = model(torch.from_numpy(ids), n_loops=loops).logits[:, 1:].argmax(-1).numpy()
+            n_right = int((chosen == answers[:, 1:]).all(axis=1).sum())
+            rows.append(Row(length, rule, loops, Score(n_right, n_sequences)))
+            if on_progress is not None:
+                on_progress(1)
+    return rows

@@ -1,0 +1,73 @@
+"""Questions in, steps and answers out: a model of the reasoning suite with its tokenizer and prompt format."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from looplm.checkpoint import load_run
+from looplm.data.tasks.example import Completion, parse_completion, render_prompt
+from looplm.data.tokenizer import EOS_ID, reasoning_tokenizer
+from looplm.errors import CheckpointError, DataError
+from looplm.infer.engine import Generation, OnToken, generate
+from looplm.infer.sampling import SamplingConfig
+from looplm.model.looped import LoopedLM
+
+MAX_NEW_TOKENS = 320  # the longest worked solution of the suite has under 224
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answered question."""
+
+    completion: Completion
+    text: str
+    generation: Generation
+
+
+class Reasoner:
+    """A trained reasoner. Plain questions are wrapped in the prompt format."""
+
+    def __init__(self, model: LoopedLM) -> None:
+        self.model = model
+        self.tokenizer = reasoning_tokenizer()
+
+    @classmethod
+    def load(cls, run: str | Path) -> "Reasoner":
+        """From a run folder or `builtin:reasoner`."""
+        loaded = load_run(run)
+        kind = loaded.config.get("data", {}).get("kind")
+        if kind != "reasoning":
+            raise CheckpointError(f"{str(run)!r} was trained on {kind!r}, which has no text; give a run of `looplm train reason`")
+        return cls(loaded.model)
+
+    def prompt_ids(self, question: str) -> list[int]:
+        """Token ids of a question, wrapped unless it already carries the prompt's tags."""
+        if not question.strip():
+            raise DataError("the prompt is empty; ask something, for example: What is 47 + 85?")
+        wrapped = question if question.startswith("<INST>") else render_prompt(question.strip())
+        return self.tokenizer.encode(wrapped).ids
+
+    def answer(
+        self,
+        questions: Sequence[str],
+        *,
+        n_loops: int | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        sampling: SamplingConfig | None = None,
+        on_token: OnToken | None = None,
+    ) -> list[Reply]:
+        """Answer all questions as one batch."""
+        generations = generate(
+            self.model,
+            [self.prompt_ids(question) for question in questions],
+            eos_id=EOS_ID,
+            max_new_tokens=max_new_tokens,
+            n_loops=n_loops,
+            sampling=sampling,
+            on_token=on_token,
+        )
+        texts = [self.tokenizer.decode(generation.ids, skip_special_tokens=False) for generation in generations]
+        return [
+            Reply(parse_completion(text), text, generation)
+            for text, generation in zip(texts, generations, strict=True)
+        ]

@@ -1,0 +1,76 @@
+"""From logits to the next token: greedy, or drawn after temperature, top-k, top-p and min-p.
+
+Every row has its own generator, so what a row draws does not depend on which rows share its batch.
+"""
+
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from looplm.config import Config
+
+
+class SamplingConfig(Config):
+    """How tokens are chosen. The defaults are greedy decoding."""
+
+    temperature: NonNegativeFloat = 0.0
+    """Logits are divided by it; 0 is greedy."""
+    top_k: PositiveInt | None = None
+    """Keep the k likeliest tokens."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Keep the fewest tokens whose probabilities reach this sum."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Keep tokens at least this likely, relative to the likeliest."""
+    repetition_penalty: PositiveFloat = 1.0
+    """Logits of tokens already in the context are divided by it if positive, multiplied if negative (CTRL, 2019)."""
+    seed: NonNegativeInt = 0
+    """Row i draws from a generator seeded by (seed, i)."""
+
+
+class Sampler:
+    """Chooses tokens for rows that are known by number throughout one generation."""
+
+    def __init__(self, config: SamplingConfig, *, n_rows: int) -> None:
+        self.config = config
+        self._generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + row) for row in range(n_rows)]
+
+    def choose(self, logits: Tensor, *, rows: list[int], contexts: list[list[int]]) -> list[int]:
+        """One token for each of `rows`, from logits (B, V) and the tokens so far of each."""
+        config = self.config
+        if config.repetition_penalty != 1.0:
+            logits = penalise(logits, contexts, config.repetition_penalty)
+        if config.temperature == 0:
+            return logits.argmax(dim=-1).tolist()
+        weights = keep_likely(logits / config.temperature, config).softmax(-1).cpu()
+        # inverse of the cumulative distribution at one uniform number per row
+        drawn = torch.stack([torch.rand((), generator=self._generators[row], dtype=torch.float64) for row in rows])
+        cumulative = weights.double().cumsum(-1)
+        chosen = torch.searchsorted(cumulative, (drawn * cumulative[:, -1])[:, None], right=True).squeeze(1)
+        return chosen.clamp(max=logits.shape[-1] - 1).tolist()
+
+
+def penalise(logits: Tensor, contexts: list[list[int]], penalty: float) -> Tensor:
+    """Make every token of a row's context less likely."""
+    logits = logits.clone()
+    for row, context in enumerate(contexts):
+        seen = torch.tensor(sorted(set(context)), device=logits.device)
+        values = logits[row, seen]
+        logits[row, seen] = torch.where(values > 0, values / penalty, values * penalty)
+    return logits
+
+
+def keep_likely(logits: Tensor, config: SamplingConfig) -> Tensor:
+    """Set the logits that top-k, min-p or top-p rule out to -inf, in that order; the likeliest always stays."""
+    if config.top_k is not None and config.top_k < logits.shape[-1]:
+        smallest = logits.topk(config.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    if config.min_p > 0:
+        probabilities = logits.softmax(-1)
+        floor = config.min_p * probabilities.amax(-1, keepdim=True)
+        logits = logits.masked_fill(probabilities < floor, float("-inf"))
+    if config.top_p < 1:
+        ordered, order = logits.softmax(-1).sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # probability of everything likelier
+        ruled_out = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= config.top_p)
+        logits = logits.masked_fill(ruled_out, float("-inf"))
+    return logits

@@ -1,0 +1,1 @@
+"""The loop: inject, core and plan."""

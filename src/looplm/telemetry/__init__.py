@@ -1,0 +1,1 @@
+"""Meters and sinks: what a run measures of itself and where it is written."""

@@ -1,0 +1,262 @@
+"""The one training loop. Maths is inline; observers only watch.
+
+Everything that decides the next step is a function of (config, seed, step) or is in the checkpoint: batches are numbered,
+plans are drawn from (seed, step), so a resumed run repeats the uninterrupted one bit for bit (with a budget in steps or
+tokens; a budget in minutes ties the learning rate to the clock).
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from torch.optim import Optimizer
+
+from looplm.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from looplm.config import Config
+from looplm.data.loader import Loader
+from looplm.data.sources import Source
+from looplm.errors import TrainingError
+from looplm.model.loop.plan import PlanConfig
+from looplm.model.looped import LoopedLM
+from looplm.optim.groups import OptimizerConfig, gradient_norm, make_optimizers, set_lr_scale
+from looplm.optim.schedule import ScheduleConfig
+from looplm.telemetry.sinks import Record, make_sinks
+from looplm.train.losses import next_token_loss
+from looplm.train.runtime import Runtime, RuntimeConfig, choose_runtime
+
+LONG_RUN_MINUTES = 3.0  # compiling the blocks costs up to 40 s; below this it does not come back
+LONG_RUN_STEPS = 400
+
+
+class TrainConfig(Config):
+    """How to train. At least one budget is set; the first one reached ends the run."""
+
+    seed: NonNegativeInt = 0
+    """Seeds weights, data and plans."""
+    minutes: PositiveFloat | None = None
+    """Budget of wall time, compilation included."""
+    steps: PositiveInt | None = None
+    """Budget of optimizer updates."""
+    tokens: PositiveInt | None = None
+    """Budget of tokens processed."""
+    plan: PlanConfig
+    """Loops per step."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizers and peak rates."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Rate over the budget."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each target spread over all tokens."""
+    accumulate: PositiveInt = 1
+    """Micro-batches per step."""
+    grad_clip: PositiveFloat | None = 1.0
+    """Largest global gradient norm; null for no clipping."""
+    n_workers: NonNegativeInt = 1
+    """Processes that make batches; 0 makes them between steps."""
+    log_every: PositiveInt = 10
+    """Steps between records."""
+    checkpoint_minutes: PositiveFloat = 5.0
+    """Wall time between checkpoints; one more is written at the end."""
+    checkpoint_steps: PositiveInt | None = None
+    """Steps between checkpoints, in place of the time."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """Device, precision, compilation, threads."""
+
+    @model_validator(mode="after")
+    def _has_budget(self) -> "TrainConfig":
+        if self.minutes is None and self.steps is None and self.tokens is None:
+            raise ValueError("no budget: set minutes, steps or tokens")
+        return self
+
+    def progress(self, position: "Position") -> float:
+        """Share of the budget used, 0 to 1 and beyond."""
+        used = [
+            position.seconds / 60 / self.minutes if self.minutes else 0.0,
+            position.step / self.steps if self.steps else 0.0,
+            position.tokens / self.tokens if self.tokens else 0.0,
+        ]
+        return max(used)
+
+
+@dataclass
+class Position:
+    """How far a run has come; saved with every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    seconds_waited: float = 0.0
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run ended."""
+
+    position: Position
+    interrupted: bool
+    checkpoint: Path
+    final_loss: float
+
+
+Observer = Callable[[Record], None]
+
+
+def fit(
+    model: LoopedLM, source: Source, config: TrainConfig, folder: Path, *, observers: tuple[Observer, ...] = ()
+) -> FitResult:
+    """Train `model` on `source` until the budget is used or Ctrl-C; resumes if `folder` holds a checkpoint."""
+    return _Fit(model, source, config, folder, observers).run()
+
+
+class _Fit:
+    """The state of one run while it runs."""
+
+    def __init__(
+        self, model: LoopedLM, source: Source, config: TrainConfig, folder: Path, observers: tuple[Observer, ...]
+    ) -> None:
+        self.model, self.source, self.config, self.folder, self.observers = model, source, config, folder, observers
+        self.position = Position()
+        self.optimizers: list[Optimizer] = make_optimizers(model, config.optimizer)
+        self.started = time.perf_counter()
+        saved: dict[str, Any] = {}
+        if checkpoints(folder):
+            saved = load_checkpoint(folder, model=model, optimizers=self.optimizers)
+            self.position = Position(**saved["position"])
+        self.seconds_before = self.position.seconds
+        self.waited_before = self.position.seconds_waited
+        self.runtime = Runtime(**saved["runtime"]) if saved else self._choose_runtime()
+        self.runtime.apply(model)
+        self.device = torch.device(self.runtime.device)
+
+    def run(self) -> FitResult:
+        config, position = self.config, self.position
+        loader = Loader(self.source, start=position.step * config.accumulate, n_workers=config.n_workers)
+        batches = iter(loader)
+        sinks = make_sinks(self.folder)
+        last_saved, last_logged, tokens_logged = time.perf_counter(), time.perf_counter(), position.tokens
+        record: Record = {"loss": float("nan")}
+        try:
+            with _interruptible() as interrupted:
+                while config.progress(position) < 1 and not interrupted():
+                    record = self._step(batches)
+                    now = time.perf_counter()
+                    position.seconds = self.seconds_before + now - self.started
+                    position.seconds_waited = self.waited_before + loader.seconds_waited
+                    if position.step % config.log_every == 0 or config.progress(position) >= 1:
+                        record["tokens_per_second"] = (position.tokens - tokens_logged) / (now - last_logged)
+                        record["seconds"] = round(position.seconds, 3)
+                        record["waiting_share"] = position.seconds_waited / position.seconds
+                        record["progress"] = min(config.progress(position), 1.0)
+                        last_logged, tokens_logged = now, position.tokens
+                        for write in (*(sink.write for sink in sinks), *self.observers):
+                            write(record)
+                    if self._checkpoint_due(now - last_saved):
+                        self._save()
+                        last_saved = now
+                checkpoint = self._save()
+                return FitResult(position, interrupted(), checkpoint, float(record["loss"]))
+        finally:
+            for sink in sinks:
+                sink.close()
+
+    def _step(self, batches: Iterator[Any]) -> Record:
+        """One optimizer update."""
+        config, position = self.config, self.position
+        scale = config.schedule.scale(config.progress(position))
+        rng = np.random.default_rng([config.seed, position.step])
+        loss = torch.zeros((), device=self.device)
+        n_loops = 0
+        for batch in islice(batches, config.accumulate):
+            batch = batch.to(self.device)
+            plan = config.plan.sample(rng, n_tokens=batch.ids.shape[1])
+            with self.runtime.autocast():
+                part = next_token_loss(self.model, batch, plan, label_smoothing=config.label_smoothing)
+            (part / config.accumulate).backward()
+            loss += part.detach() / config.accumulate
+            position.tokens += batch.n_tokens
+            n_loops += plan.n_loops
+        norm = gradient_norm(self.model)
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            raise TrainingError(self._non_finite(float(loss), float(norm)))
+        if config.grad_clip is not None and norm > config.grad_clip:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(config.grad_clip / norm)
+        set_lr_scale(self.optimizers, scale)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        position.step += 1
+        return {
+            "step": position.step,
+            "tokens": position.tokens,
+            "loss": float(loss),
+            "grad_norm": float(norm),
+            "lr_scale": scale,
+            "n_loops": n_loops / config.accumulate,
+        }
+
+    def _choose_runtime(self) -> Runtime:
+        config = self.config
+        batch = self.source.batch(0)
+        plan = config.plan.sample(np.random.default_rng(config.seed), n_tokens=batch.ids.shape[1])
+
+        def trial(runtime: Runtime) -> None:
+            with runtime.autocast():
+                next_token_loss(self.model, batch, plan).backward()
+            self.model.zero_grad(set_to_none=True)
+
+        long_run = (config.minutes or 1e9) >= LONG_RUN_MINUTES and (config.steps or 10**9) >= LONG_RUN_STEPS
+        return choose_runtime(config.runtime, trial=trial, long_run=long_run)
+
+    def _checkpoint_due(self, seconds_since: float) -> bool:
+        if self.config.checkpoint_steps is not None:
+            return self.position.step % self.config.checkpoint_steps == 0
+        return seconds_since >= 60 * self.config.checkpoint_minutes
+
+    def _save(self) -> Path:
+        return save_checkpoint(
+            self.folder,
+            step=self.position.step,
+            model=self.model,
+            optimizers=self.optimizers,
+            state={"position": asdict(self.position), "runtime": asdict(self.runtime)},
+            keep=self.config.keep,
+        )
+
+    def _non_finite(self, loss: float, norm: float) -> str:
+        left = checkpoints(self.folder)
+        back = f"the last checkpoint, {left[-1]}, holds finite weights" if left else "no checkpoint was written yet"
+        return (
+            f"step {self.position.step + 1}: loss is {loss}, gradient norm {norm}; stopped before the optimizer moved, "
+            f"{back}. Lower train.optimizer.muon_lr and adamw_lr, or train.grad_clip."
+        )
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C (or SIGTERM) asks the loop to stop after its step; a second one ends the program at once."""
+    asked = False
+
+    def ask(signum: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,92 @@
+"""How a run uses the machine: device, precision, compilation, threads. Chosen once, by device or by a short probe, and
+kept in the checkpoint, since another choice would change the numbers of a resumed run."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import PositiveInt
+
+from looplm.config import Config
+from looplm.errors import ConfigError
+from looplm.model.looped import LoopedLM
+
+
+class RuntimeConfig(Config):
+    """`auto` is resolved at the start of a run and written to its log."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Autocast type; auto takes the faster of a probe on a CPU, bf16 on a GPU."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the blocks; auto does for runs of minutes where a C++ compiler is found."""
+    n_threads: PositiveInt | Literal["auto"] = "auto"
+    """CPU threads; auto probes all cores against one."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The choice made."""
+
+    device: str
+    precision: Literal["bf16", "fp32"]
+    compile: bool
+    n_threads: int
+
+    def autocast(self) -> torch.autocast:
+        """The context a forward runs in."""
+        return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def apply(self, model: LoopedLM) -> None:
+        """Move the model, set the threads, arrange compilation of the blocks (not of the unrolled loop: that takes most
+        of a minute and gains nothing)."""
+        torch.set_num_threads(self.n_threads)
+        model.to(self.device)
+        if self.compile:
+            for block in model.blocks():
+                block.compile(dynamic=False)
+
+
+def choose_runtime(config: RuntimeConfig, *, trial: Callable[[Runtime], None], long_run: bool) -> Runtime:
+    """Resolve every `auto`. `trial` runs one forward and backward of the real job under a runtime."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.runtime.device is cuda, and torch sees no GPU; use cpu or auto")
+    compiles = config.compile is True or (config.compile == "auto" and long_run and has_compiler())
+    if config.compile is True and not has_compiler():
+        raise ConfigError("train.runtime.compile is true, and there is no C++ compiler (g++ or clang++); install one, or set it false")
+    all_threads = torch.get_num_threads()
+    if device == "cuda":
+        precision = "fp32" if config.precision == "fp32" else "bf16"
+        return Runtime(device, precision, compiles, all_threads if config.n_threads == "auto" else config.n_threads)
+    precisions: list[Literal["bf16", "fp32"]] = ["bf16", "fp32"] if config.precision == "auto" else [config.precision]
+    threads = sorted({all_threads, 1}, reverse=True) if config.n_threads == "auto" else [config.n_threads]
+    candidates = [Runtime(device, precision, compiles, n) for precision in precisions for n in threads]
+    if len(candidates) == 1:
+        return candidates[0]
+    seconds = {candidate: _seconds(trial, candidate) for candidate in candidates}
+    torch.set_num_threads(all_threads)
+    return min(candidates, key=lambda candidate: seconds[candidate])
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile can build CPU kernels here."""
+    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+
+
+def _seconds(trial: Callable[[Runtime], None], candidate: Runtime) -> float:
+    """Best of two after a warm-up: shared machines only ever add time."""
+    torch.set_num_threads(candidate.n_threads)
+    trial(candidate)
+    times = []
+    for _ in range(2):
+        started = time.perf_counter()
+        trial(candidate)
+        times.append(time.perf_counter() - started)
+    return min(times)

@@ -7,6 +7,7 @@ import typer
 
 from looplm.data.tokenizer import EOS
 from looplm.errors import LooplmError
+from looplm.eval.reasoning import load_reasoner
 from looplm.infer.reasoner import Reasoner
 from looplm.infer.sampling import SamplingConfig
 from looplm.model.loop.plan import LoopPlan
@@ -42,7 +43,7 @@ class StepPrinter:
 def run_chat(run: str, *, n_loops: int | None, sampling: SamplingConfig) -> None:
     """Read questions until the end of input, /quit or Ctrl-C."""
     torch.set_num_threads(1)
-    reasoner = Reasoner.load(run)
+    reasoner = load_reasoner(run)
     loops = LoopPlan(n_loops if n_loops is not None else reasoner.model.config.n_loops).n_loops
     parameters = sum(parameter.numel() for parameter in reasoner.model.parameters())
     if sys.stdin.isatty():

@@ -85,14 +85,13 @@ def _reasoning(
     from looplm.cli.show import reasoning_table
     from looplm.errors import ConfigError
     from looplm.eval.reasoning import evaluate as score
-    from looplm.eval.reasoning import held_out_questions, read_questions
-    from looplm.infer.reasoner import Reasoner
+    from looplm.eval.reasoning import held_out_questions, load_reasoner, read_questions
 
     if questions is not None and n is not None:
         raise ConfigError("--n counts generated questions; with --questions all of the file is scored")
     asked = read_questions(questions) if questions is not None else held_out_questions(n or 500)
     beyond = held_out_questions(min(n or 500, 100), harder=True) if harder and questions is None else []
-    reasoner = Reasoner.load(run)
+    reasoner = load_reasoner(run)
     default = reasoner.model.config.n_loops
     counts = loop_counts(loops) if loops is not None else [default]
     headline = default if default in counts else counts[-1]

@@ -44,7 +44,7 @@ def generate(
 
     import torch
 
-    from looplm.infer.reasoner import Reasoner
+    from looplm.eval.reasoning import load_reasoner
 
     sampling = _sampling(
         temperature=temperature,
@@ -55,7 +55,7 @@ def generate(
         seed=seed,
     )
     torch.set_num_threads(1)  # a model this small decodes no faster on two, and far slower on two busy ones
-    reasoner = Reasoner.load(run)
+    reasoner = load_reasoner(run)
     started = time.perf_counter()
     replies = reasoner.answer(prompt, n_loops=loops, max_new_tokens=max_new_tokens, sampling=sampling)
     seconds = time.perf_counter() - started

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from looplm.checkpoint import load_run
 from looplm.data.tasks import REASONING
 from looplm.data.tasks.example import Example, is_test_question
-from looplm.errors import DataError
+from looplm.errors import CheckpointError, DataError
 from looplm.eval.interval import Score
 from looplm.infer.reasoner import Reasoner, Reply
 
@@ -39,6 +40,15 @@ class Result:
         """Mean over the answer tasks; cot_format stands beside it, not in it."""
         values = [score.accuracy for task, score in self.scores.items() if task != FORMAT_TASK]
         return sum(values) / len(values)
+
+
+def load_reasoner(run: str | Path) -> Reasoner:
+    """The reasoner of a run folder or of `builtin:reasoner`."""
+    loaded = load_run(run)
+    kind = loaded.config.get("data", {}).get("kind")
+    if kind != "reasoning":
+        raise CheckpointError(f"{str(run)!r} was trained on {kind!r}, which has no text; give a run of `looplm train reason`")
+    return Reasoner(loaded.model)
 
 
 def held_out_questions(n: int, *, harder: bool = False, seed: int = EVAL_SEED) -> list[Question]:

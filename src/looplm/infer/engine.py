@@ -70,9 +70,12 @@ def generate(
             cache.keep_rows(kept)
             tokens, lengths, rows = tokens[kept], lengths[kept], active
         longest = max(len(contexts[row]) for row in active)
+        before = previous_ids([contexts[row][:-1] for row in rows], n_back=model.config.smear).to(device)
         # finished rows that still sit in the batch write over their last place: harmless, nobody reads them
         positions = lengths.clamp(max=capacity - 1)[:, None]
-        hidden = model.hidden(tokens[:, None], plan=plan, cache=cache, positions=positions, n_keys=longest)
+        hidden = model.hidden(
+            tokens[:, None], plan=plan, cache=cache, positions=positions, n_keys=longest, before=before
+        )
         logits = model.head(hidden[:, -1]).float()
         lengths = lengths + 1
     return [_generation(contexts[row][len(prompts[row]) :], eos_id) for row in range(len(prompts))]
@@ -94,6 +97,12 @@ def prefill(
     positions = torch.arange(longest, device=device).expand(n_rows, longest)
     hidden = model.hidden(ids.to(device), plan=plan, cache=cache, positions=positions, n_keys=longest)
     return model.head(hidden[torch.arange(n_rows, device=device), lengths - 1]).float()
+
+
+def previous_ids(contexts: Sequence[Sequence[int]], *, n_back: int) -> Tensor:
+    """The last n_back ids of each context (B, n_back), -1 where a context is shorter."""
+    padded = [[-1] * n_back + list(context[-n_back:] if n_back else []) for context in contexts]
+    return torch.tensor([row[len(row) - n_back :] for row in padded], dtype=torch.long).view(len(contexts), n_back)
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], *, model: LoopedLM, max_new_tokens: int) -> None:

@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from looplm.checkpoint import load_run
 from looplm.data.tasks.example import Completion, parse_completion, render_prompt
 from looplm.data.tokenizer import EOS_ID, reasoning_tokenizer
-from looplm.errors import CheckpointError, DataError
+from looplm.errors import DataError
 from looplm.infer.engine import Generation, OnToken, generate
 from looplm.infer.sampling import SamplingConfig
 from looplm.model.looped import LoopedLM
@@ -30,15 +28,6 @@ class Reasoner:
     def __init__(self, model: LoopedLM) -> None:
         self.model = model
         self.tokenizer = reasoning_tokenizer()
-
-    @classmethod
-    def load(cls, run: str | Path) -> "Reasoner":
-        """From a run folder or `builtin:reasoner`."""
-        loaded = load_run(run)
-        kind = loaded.config.get("data", {}).get("kind")
-        if kind != "reasoning":
-            raise CheckpointError(f"{str(run)!r} was trained on {kind!r}, which has no text; give a run of `looplm train reason`")
-        return cls(loaded.model)
 
     def prompt_ids(self, question: str) -> list[int]:
         """Token ids of a question, wrapped unless it already carries the prompt's tags."""

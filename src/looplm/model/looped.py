@@ -19,6 +19,7 @@ from looplm.model.init import init_weights
 from looplm.model.loop.inject import InjectConfig, NoInjectConfig, make_inject
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.norm import RMSNorm
+from looplm.model.smear import Smear
 
 
 class ModelConfig(Config):
@@ -42,6 +43,8 @@ class ModelConfig(Config):
     """The parts of every layer."""
     inject: InjectConfig = NoInjectConfig()
     """How the prelude's output enters each loop."""
+    smear: NonNegativeInt = 0
+    """Tokens back whose embeddings each token takes in; 0 for none."""
     tied_head: bool = True
     """Use the embedding as the output head."""
     n_outputs: PositiveInt | None = None
@@ -80,6 +83,7 @@ class LoopedLM(nn.Module):
         self.config = config
         eps = config.block.norm_eps
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.smear = Smear(config.d_model, n_back=config.smear) if config.smear else None
         self.prelude = nn.ModuleList(Block(config.d_model, config.block) for _ in range(config.n_prelude))
         self.inject = make_inject(config.d_model, config.inject, norm_eps=eps)
         self.core = nn.ModuleList(Block(config.d_model, config.block) for _ in range(config.n_core))
@@ -99,13 +103,15 @@ class LoopedLM(nn.Module):
         cache: KVCache | None = None,
         positions: Tensor | None = None,
         n_keys: int | None = None,
+        before: Tensor | None = None,
     ) -> LoopedOutput:
         """Logits for ids (B, T). Give n_loops or a plan, or neither for the config's n_loops.
 
-        With a cache, `positions` (B, T) says where each token stands and `n_keys` how many keys any row can see.
+        With a cache, `positions` (B, T) says where each token stands, `n_keys` how many keys any row can see, and
+        `before` (B, smear) which tokens came just before.
         """
         plan = plan or LoopPlan(self.config.n_loops if n_loops is None else n_loops)
-        hidden = self.hidden(ids, plan=plan, cache=cache, positions=positions, n_keys=n_keys)
+        hidden = self.hidden(ids, plan=plan, cache=cache, positions=positions, n_keys=n_keys, before=before)
         return LoopedOutput(self.head(hidden).float(), hidden, plan.n_loops)
 
     def hidden(
@@ -117,6 +123,7 @@ class LoopedLM(nn.Module):
         positions: Tensor | None = None,
         n_keys: int | None = None,
         documents: Tensor | None = None,
+        before: Tensor | None = None,
     ) -> Tensor:
         """The state after coda and final norm, (B, T, D): everything but the head, so that a loss can apply the head
         to the positions it scores and to no others. `documents` (B, T) numbers the documents packed in a row."""
@@ -129,11 +136,21 @@ class LoopedLM(nn.Module):
             documents=documents,
         )
         slots = iter(cache.slots) if cache is not None else None
-        x = self.embed(ids)
+        x = self.embed_tokens(ids, before=before, documents=documents)
         x = run_layers(self.prelude, x, inputs, slots)
         x = self.run_core(x, plan, inputs, slots)
         x = run_layers(self.coda, x, inputs, slots)
         return self.norm(x)
+
+    def embed_tokens(self, ids: Tensor, *, before: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        """Embeddings (B, T, D), smeared if the model does. `before` (B, smear) holds the ids just before a cached
+        continuation, -1 where there is none."""
+        x = self.embed(ids)
+        if self.smear is None:
+            return x
+        if before is not None:
+            before = self.embed(before.clamp(min=0)) * (before >= 0)[..., None]
+        return self.smear(x, before=before, documents=documents)
 
     def run_core(
         self, entry: Tensor, plan: LoopPlan, inputs: AttentionInputs, slots: Iterator[Slot] | None = None

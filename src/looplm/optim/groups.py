@@ -26,7 +26,7 @@ class OptimizerConfig(Config):
     beta2: float = Field(default=0.95, ge=0, lt=1)
     """AdamW's second decay."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled decay of matrices and embedding; never of norms or of the injection's own parameters."""
+    """Decoupled decay of matrices and embedding; never of norms, smear or the injection's own parameters."""
 
 
 def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
@@ -35,7 +35,7 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer
     others: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if name.startswith("inject.") or parameter.dim() < 2:
+        if name.startswith(("inject.", "smear.")) or parameter.dim() < 2:
             undecayed.append(parameter)
         elif name.startswith(("prelude.", "core.", "coda.")):
             matrices.append(parameter)

@@ -1,0 +1,183 @@
+"""The command line as a user meets it: what it prints, and what it says to a mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from looplm.train.run import resolve_run, start_run
+
+SUM = "What is 47 + 85?"
+
+
+def looplm(*words: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "looplm", *words], capture_output=True, text=True, input=text, timeout=300
+    )
+
+
+def succeeds(*words: str, text: str | None = None) -> str:
+    done = looplm(*words, text=text)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def s3_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "s3"
+    start_run(resolve_run("s3", overrides=["train.minutes=null", "train.steps=3", "data.batch_size=4"]), folder)
+    return folder
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys, looplm.cli.main; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    out = succeeds("--help")
+    for verb in ("train", "eval", "chat", "generate", "count", "config", "demo"):
+        assert verb in out
+        assert succeeds(verb, "--help")
+
+
+def test_count_prints_the_published_number_and_flops_by_loops() -> None:
+    out = succeeds("count", "nrm-0.9m")
+    assert "920,833 parameters" in out
+    counts = json.loads(succeeds("count", "nrm-0.9m", "--loops", "1,3", "--json"))
+    assert [count["n_loops"] for count in counts] == [1, 3]
+    assert counts[1]["flops_per_token"] > counts[0]["flops_per_token"]
+
+
+def test_config_prints_a_valid_input(tmp_path: Path) -> None:
+    printed = succeeds("config", "reason", "train.seed=7")
+    path = tmp_path / "again.yaml"
+    path.write_text(printed)
+    assert succeeds("config", str(path)) == printed
+    assert "seed: 7" in printed
+    assert "nrm-0.9m" in succeeds("config")
+
+
+def test_generate_prints_one_object_a_prompt() -> None:
+    out = succeeds("generate", "builtin:reasoner", "--prompt", SUM, "--prompt", "Is 7 even or odd?", "--json")
+    first, second = map(json.loads, out.splitlines())
+    assert first["answer"] == "132"
+    assert first["steps"]
+    assert first["well_formed"]
+    assert first["stopped_by"] == "eos"
+    assert second["answer"] == "odd"
+    assert succeeds("generate", "builtin:reasoner", "--prompt", SUM, "--loops", "3").strip().endswith("132")
+
+
+def test_chat_answers_and_turns_the_dial() -> None:
+    out = succeeds("chat", text=f"{SUM}\n/loops 4\n{SUM}\n/loops none\n/nonsense\n\n/help\n/quit\nIs 3 even or odd?\n")
+    assert out.count("132") >= 2
+    assert "4 loops per token" in out
+    assert "/loops takes a whole number" in out
+    assert "unknown command '/nonsense'" in out
+    assert "Which is larger" in out
+    assert "odd" not in out.split("Commands:")[1]
+
+
+def test_chat_ends_with_its_input() -> None:
+    assert "132" in succeeds("chat", text=SUM)
+
+
+def test_eval_writes_scores_with_intervals(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    out = succeeds(
+        "eval", "builtin:reasoner", "--suite", "reasoning", "--n", "2", "--loops", "1,2", "--no-harder", "--json", str(path)
+    )
+    assert "cot_format" in out
+    scores = json.loads(path.read_text())
+    assert set(scores["tasks"]) == set(scores["by_loops"]["1"])
+    assert len(scores["tasks"]) == 8
+    for entry in scores["tasks"].values():
+        assert set(entry) == {"accuracy", "n", "low", "high"}
+        assert 0 <= entry["low"] <= entry["accuracy"] <= entry["high"] <= 1
+
+
+def test_eval_scores_anyones_questions(tmp_path: Path) -> None:
+    questions, path = tmp_path / "questions.jsonl", tmp_path / "q.json"
+    records = [
+        {"task": "sums", "question": SUM, "answer": "132"},
+        {"task": "sums", "question": "What is 1 + 1?", "answer": "3"},
+        {"task": "parity", "question": "Is 8 even or odd?", "answer": "even"},
+    ]
+    questions.write_text("\n".join(map(json.dumps, records)))
+    succeeds("eval", "builtin:reasoner", "--questions", str(questions), "--json", str(path))
+    scores = json.loads(path.read_text())
+    assert {task: (entry["accuracy"], entry["n"]) for task, entry in scores["tasks"].items()} == {
+        "sums": (0.5, 2),
+        "parity": (1.0, 1),
+        "cot_format": (1.0, 3),
+    }
+    assert scores["mistakes"][0]["expected"] == "3"
+
+
+def test_eval_of_s3_writes_rows(tmp_path: Path, s3_run: Path) -> None:
+    path = tmp_path / "s.json"
+    succeeds(
+        "eval", str(s3_run), "--suite", "s3", "--lengths", "3,4", "--loops", "1.5n,n/2", "--n", "5", "--json", str(path)
+    )
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["length"], row["loops"]) for row in rows] == [(3, 4), (3, 2), (4, 6), (4, 2)]
+    assert all(0 <= row["exact"] <= 1 for row in rows)
+
+
+def test_train_trains_says_where_and_resumes(tmp_path: Path, tiny_reason: list[str]) -> None:
+    folder = tmp_path / "r"
+    out = succeeds("train", "reason", "--steps", "3", "--seed", "5", "--out", str(folder), *tiny_reason)
+    assert "done: step 6" in out  # a later key=value wins over the option
+    out = succeeds("train", "--resume", str(folder), "--steps", "8")
+    assert "done: step 8" in out
+    assert "seed: 5" in (folder / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train"], "no recipe given"),
+        (["train", "reson"], "did you mean 'reason'"),
+        (["train", "reason", "model.d_modle=3", "--out", "{tmp}/x"], "did you mean 'd_model'"),
+        (["train", "reason", "--model", "nrm-0.8m", "--out", "{tmp}/x"], "did you mean 'nrm-0.9m'"),
+        (["train", "reason", "--minutes", "-1", "--out", "{tmp}/x"], "greater than 0, got -1"),
+        (["train", "reason", "--out", "/proc/x"], "cannot be written"),
+        (["train", "--resume", "{tmp}"], "holds no config.yaml"),
+        (["train", "reason", "--resume", "{tmp}"], "--resume continues a run as it is"),
+        (["eval", "{tmp}/nothing"], "no run folder"),
+        (["eval", "builtin:reasonr"], "there is builtin:reasoner"),
+        (["eval", "builtin:reasoner", "--suite", "resoning"], "no suite 'resoning'"),
+        (["eval", "builtin:reasoner", "--n", "0"], "--n 0 is too small"),
+        (["eval", "builtin:reasoner", "--loops", "0"], "--loops 0 is too small"),
+        (["eval", "builtin:reasoner", "--loops", "two"], "not a list of whole numbers"),
+        (["eval", "builtin:reasoner", "--suite", "s3"], "not trained on permutations"),
+        (["eval", "builtin:reasoner", "--questions", "{tmp}/none.jsonl"], "cannot be read"),
+        (["eval", "builtin:reasoner", "--json", "{tmp}/no/where.json"], "does not exist"),
+        (["eval", "{s3}", "--suite", "reasoning"], "has no text"),
+        (["eval", "{s3}", "--loops", "n*n"], "is not a number or a rule"),
+        (["eval", "{s3}", "--lengths", "12,x"], "not a list of whole numbers"),
+        (["chat", "{s3}"], "has no text"),
+        (["chat", "--loops", "0"], "n_loops is 0"),
+        (["generate", "builtin:reasoner", "--prompt", ""], "the prompt is empty"),
+        (["generate", "builtin:reasoner", "--prompt", SUM, "--loops", "-1"], "n_loops is -1"),
+        (["generate", "builtin:reasoner", "--prompt", "1 " * 600], "context is 512"),
+        (["generate", "builtin:reasoner", "--prompt", SUM, "--temperature", "-1"], "greater than or equal to 0"),
+        (["count", "nrm"], "no model preset named 'nrm'; did you mean 'nrm-0.9m'"),
+        (["config", "reason", "train.sed=1"], "did you mean 'seed'"),
+        (["demo", "--minutes", "0"], "is not a wall time"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(words: list[str], says: str, tmp_path: Path, s3_run: Path) -> None:
+    done = looplm(*(word.format(tmp=tmp_path, s3=s3_run) for word in words), text="")
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_option_is_refused() -> None:
+    done = looplm("eval", "builtin:reasoner", "--lops", "2")
+    assert done.returncode == 2
+    assert "--lops" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,235 @@
+"""Training: it learns, it repeats, it resumes bit for bit, it stops cleanly."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from looplm.checkpoint import checkpoints, latest_checkpoint, load, read_tensors
+from looplm.data.pack import IGNORE, Batch
+from looplm.errors import CheckpointError, ConfigError, TrainingError
+from looplm.model.loop.plan import LengthPlanConfig, LoopPlan, UniformPlanConfig
+from looplm.model.looped import LoopedLM
+from looplm.telemetry.sinks import Record
+from looplm.train.fit import TrainConfig, fit
+from looplm.train.losses import next_token_loss
+from looplm.train.run import resolve_run, resume_run, start_run
+
+CPU = {"device": "cpu", "precision": "fp32", "compile": False, "n_threads": 1}
+
+
+class Copying:
+    """Repeat the first half: learnable only if position t is scored on token t + 1."""
+
+    def batch(self, index: int) -> Batch:
+        generator = torch.Generator().manual_seed(index)
+        half = torch.randint(3, 40, (32, 6), generator=generator)
+        ids = torch.cat([half, half], dim=1)
+        targets = torch.full_like(ids, IGNORE)
+        targets[:, 5:-1] = ids[:, 6:]
+        return Batch(ids, targets)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(latest_checkpoint(folder) / "model.safetensors")
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """The same weights and optimizer state, bit for bit."""
+    for name in ("model.safetensors", "training.safetensors"):
+        ours, theirs = (read_tensors(latest_checkpoint(folder) / name) for folder in (one, two))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_looped_model_learns_to_copy(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LoopedLM(tiny_config("n_prelude=0", "n_coda=0", "d_model=32", "smear=1", "init=scaled", "init_std=1.0"))
+    plan = {"kind": "uniform", "low": 1, "high": 2}
+    config = TrainConfig(steps=150, plan=plan, n_workers=0, runtime=CPU)  # type: ignore[arg-type]
+    fit(model, Copying(), config, tmp_path)
+    model.eval()
+    batch = Copying().batch(10**6)
+    chosen = model(batch.ids).logits.argmax(-1)
+    scored = batch.targets != IGNORE
+    assert (chosen == batch.targets)[scored].float().mean() > 0.98
+
+
+def test_the_loss_is_cross_entropy_of_the_scored_positions() -> None:
+    model, batch = LoopedLM(tiny_config()), Copying().batch(0)
+    logits = model(batch.ids, n_loops=3).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
+    torch.testing.assert_close(next_token_loss(model, batch, LoopPlan(3)), expected)
+
+
+@pytest.mark.parametrize("recipe", ["reason", "s3"])
+@pytest.mark.parametrize("stop_at", [1, 4])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tmp_path: Path, tiny_reason: list[str], recipe: str, stop_at: int
+) -> None:
+    overrides = [text for text in tiny_reason if recipe == "reason" or text.startswith("train.")]
+    overrides += ["train.plan={kind: uniform, low: 1, high: 3}", "train.accumulate=2"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    start_run(resolve_run(recipe, overrides=overrides), whole)
+
+    def interrupt(record: Record) -> None:
+        if record["step"] == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    result = start_run(resolve_run(recipe, overrides=overrides), parts, observers=(interrupt,))
+    assert result.interrupted
+    assert result.position.step == stop_at
+    assert resume_run(parts).position.step == 6
+    assert_same_run(whole, parts)
+    losses = [
+        [(r["step"], r["loss"], r["n_loops"]) for r in map(json.loads, (f / "metrics.jsonl").read_text().splitlines())]
+        for f in (whole, parts)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_run_killed_at_random_moments_equals_an_undisturbed_one(tmp_path: Path, tiny_reason: list[str]) -> None:
+    """SIGKILL: no handler runs, whatever was being written stays half written."""
+    overrides = [*tiny_reason, "train.steps=40", "train.checkpoint_steps=3", "train.n_workers=1"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    start_run(resolve_run("reason", overrides=overrides), whole)
+    rng, n_kills = random.Random(0), 0
+    while True:
+        base = [sys.executable, "-m", "looplm", "train"]
+        new = ["reason", "--out", str(killed), *overrides]
+        command = base + (["--resume", str(killed)] if checkpoints(killed) else new)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+        reached = len(checkpoints(killed)) and int(checkpoints(killed)[-1].name[5:])
+        deadline = time.monotonic() + 120
+        while n_kills < 3 and process.poll() is None and time.monotonic() < deadline:
+            found = checkpoints(killed)
+            if found and int(found[-1].name[5:]) > reached:
+                time.sleep(rng.uniform(0, 0.05))
+                os.killpg(process.pid, signal.SIGKILL)
+                n_kills += 1
+                break
+            time.sleep(0.005)
+        _, error = process.communicate(timeout=120)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, error.decode()
+    assert n_kills >= 1
+    assert_same_run(whole, killed)
+
+
+def test_seeds_decide_the_run(tmp_path: Path, tiny_reason: list[str]) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        start_run(resolve_run("reason", overrides=[*tiny_reason, f"train.seed={seed}"]), tmp_path / name)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    a, c = weights(tmp_path / "a"), weights(tmp_path / "c")
+    assert not all(torch.equal(a[key], c[key]) for key in a)
+
+
+def test_a_non_finite_loss_stops_before_the_optimizer_moves(tmp_path: Path) -> None:
+    model = LoopedLM(tiny_config())
+
+    class Poisoned(Copying):
+        def batch(self, index: int) -> Batch:
+            if index == 3:
+                torch.nn.init.constant_(model.norm.weight, float("nan"))
+            return super().batch(index)
+
+    before: dict[str, torch.Tensor] = {}
+
+    def keep(record: Record) -> None:
+        before.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+    plan = {"kind": "fixed", "n_loops": 1}
+    config = TrainConfig(steps=9, plan=plan, n_workers=0, log_every=1, checkpoint_steps=2, runtime=CPU)  # type: ignore[arg-type]
+    with pytest.raises(TrainingError, match=r"step 4: loss is nan.*stopped before the optimizer moved.*step-00000002"):
+        fit(model, Poisoned(), config, tmp_path, observers=(keep,))
+    for name, tensor in model.state_dict().items():
+        if name != "norm.weight":
+            assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize(("budget", "steps"), [({"steps": 3}, 3), ({"tokens": 12 * 32 * 4}, 4)])
+def test_budgets_end_the_run(tmp_path: Path, budget: dict[str, int], steps: int) -> None:
+    config = TrainConfig(**budget, plan={"kind": "fixed", "n_loops": 1}, n_workers=0, runtime=CPU)  # type: ignore[arg-type]
+    assert fit(LoopedLM(tiny_config()), Copying(), config, tmp_path).position.step == steps
+
+
+def test_a_budget_in_minutes_is_wall_time(tmp_path: Path) -> None:
+    config = TrainConfig(minutes=0.02, plan={"kind": "fixed", "n_loops": 1}, n_workers=0, runtime=CPU)  # type: ignore[arg-type]
+    result = fit(LoopedLM(tiny_config()), Copying(), config, tmp_path)
+    assert result.position.seconds >= 1.2
+    assert result.position.step > 1
+
+
+def test_metrics_tell_loss_speed_and_waiting(tmp_path: Path, tiny_reason: list[str]) -> None:
+    start_run(resolve_run("reason", overrides=tiny_reason), tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 7))
+    for record in records:
+        assert record["loss"] > 0
+        assert record["tokens_per_second"] > 0
+        assert 0 <= record["waiting_share"] <= 1
+
+
+def test_compiled_and_bf16_runs_train(tmp_path: Path, tiny_reason: list[str]) -> None:
+    """The runtime the 15-minute recipe uses, and finite gradients under it (docs/log.md, 2026-11-21)."""
+    runtime = "train.runtime={device: cpu, precision: bf16, compile: true, n_threads: 1}"
+    config = resolve_run("reason", overrides=[*tiny_reason, runtime, "train.steps=4"])
+    result = start_run(config, tmp_path / "run")
+    assert result.position.step == 4
+    assert 0 < result.final_loss < 7
+
+
+def test_the_probe_picks_precision_and_threads_and_a_resume_keeps_them(tmp_path: Path, tiny_reason: list[str]) -> None:
+    overrides = [*tiny_reason, "train.runtime={device: cpu, compile: false}"]
+    start_run(resolve_run("reason", overrides=overrides), tmp_path / "run")
+    state = json.loads((latest_checkpoint(tmp_path / "run") / "state.json").read_text())
+    assert state["runtime"]["precision"] in ("bf16", "fp32")
+    assert state["runtime"]["n_threads"] >= 1
+    resume_run(tmp_path / "run", overrides=["train.steps=7"])
+    after = json.loads((latest_checkpoint(tmp_path / "run") / "state.json").read_text())
+    assert after["runtime"] == state["runtime"]
+    assert after["position"]["step"] == 7
+
+
+def test_plans_are_drawn_from_their_stated_distributions() -> None:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    drawn = [UniformPlanConfig(low=2, high=5).sample(rng, n_tokens=9).n_loops for _ in range(4000)]
+    assert set(drawn) == {2, 3, 4, 5}
+    assert abs(np.mean(drawn) - 3.5) < 0.1
+    tied = {LengthPlanConfig(max_extra=2).sample(rng, n_tokens=13).n_loops for _ in range(200)}
+    assert tied == {12, 13, 14}
+
+
+def test_a_taken_folder_an_unwritable_one_and_a_missing_one_are_refused(
+    tmp_path: Path, tiny_reason: list[str]
+) -> None:
+    config = resolve_run("reason", overrides=tiny_reason)
+    start_run(config, tmp_path / "run")
+    before = weights(tmp_path / "run")
+    with pytest.raises(ConfigError, match="already holds a run; continue it with --resume"):
+        start_run(config, tmp_path / "run")
+    assert all(torch.equal(before[key], value) for key, value in weights(tmp_path / "run").items())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match="cannot be written"):
+        start_run(config, tmp_path / "file" / "run")
+    with pytest.raises(CheckpointError, match="no run folder"):
+        resume_run(tmp_path / "none")
+
+
+def test_an_interrupted_run_still_loads(tmp_path: Path, tiny_reason: list[str]) -> None:
+    def interrupt(record: Record) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    start_run(resolve_run("reason", overrides=tiny_reason), tmp_path / "run", observers=(interrupt,))
+    assert load(tmp_path / "run").config.d_model == 32

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from looplm.config import apply_overrides, load_preset, parse
+from looplm.config import apply_overrides, parse
 from looplm.model.looped import LoopedLM, ModelConfig
 
 torch.set_num_threads(1)
@@ -71,6 +71,12 @@ def variant(request: pytest.FixtureRequest, make_model: Callable[..., LoopedLM])
     return make_model(*VARIANTS[request.param])
 
 
+@pytest.fixture(params=[name for name in VARIANTS if name != "untied"])
+def text_variant(request: pytest.FixtureRequest, make_model: Callable[..., LoopedLM]) -> LoopedLM:
+    """Variants whose outputs are their input tokens, so that they can continue a text."""
+    return make_model(*VARIANTS[request.param])
+
+
 @pytest.fixture
 def rng() -> random.Random:
     return random.Random(0)
@@ -90,7 +96,3 @@ def tiny_reason(tmp_path: Path) -> list[str]:
         "train.log_every=1",
         "train.runtime={device: cpu, precision: fp32, compile: false, n_threads: 1}",
     ]
-
-
-def resolved(recipe: str) -> dict[str, Any]:
-    return load_preset("run", recipe)

@@ -1,8 +1,8 @@
 from pathlib import Path
 
 import pytest
-from conftest import tiny_config
 
+from conftest import tiny_config
 from looplm.config import Config, apply_overrides, load_preset, merge, parse, preset_names, to_yaml
 from looplm.errors import ConfigError
 from looplm.model.looped import ModelConfig
@@ -106,9 +106,8 @@ def test_every_field_of_every_config_has_a_docstring_line() -> None:
         body = next(n.body for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == cls.__name__)
         for item, following in zip(body, [*body[1:], None], strict=True):
             documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.target.id != "kind":
-                if not documented:
-                    missing.append(f"{cls.__name__}.{item.target.id}")
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and not documented:
+                missing += [f"{cls.__name__}.{item.target.id}"] if item.target.id != "kind" else []
     assert not missing, missing
 
 

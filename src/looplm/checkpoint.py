@@ -9,6 +9,8 @@ Nothing is ever unpickled.
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -24,7 +26,13 @@ from looplm.config import load_yaml, parse
 from looplm.errors import CheckpointError, TrainingError
 from looplm.model.looped import LoopedLM, ModelConfig
 
-MODEL, TRAINING, STATE, MARKER, CONFIG = "model.safetensors", "training.safetensors", "state.json", "COMPLETE", "config.yaml"
+MODEL, TRAINING, STATE, MARKER, CONFIG = (
+    "model.safetensors",
+    "training.safetensors",
+    "state.json",
+    "COMPLETE",
+    "config.yaml",
+)
 BUILTIN = "builtin:"
 
 
@@ -49,11 +57,19 @@ def load_run(run: str | Path) -> LoadedRun:
     folder = run_folder(run)
     weights = folder if (folder / MODEL).is_file() else latest_checkpoint(folder)
     config = load_yaml(folder / CONFIG)
-    if not isinstance(config.get("model"), dict):
-        raise CheckpointError(f"{folder / CONFIG} has no `model:` section; it is not the config of a run")
-    model = LoopedLM(parse(ModelConfig, config["model"], source=str(folder / CONFIG)))
-    load_weights(model, weights / MODEL)
+    model = LoopedLM(run_model_config(folder))
+    with _naming_the_one_before(folder, weights):
+        load_weights(model, weights / MODEL)
     return LoadedRun(model.eval(), config, weights)
+
+
+def run_model_config(run: str | Path) -> ModelConfig:
+    """The model's config of a run folder, or of `builtin:reasoner`."""
+    path = run_folder(run) / CONFIG
+    section = load_yaml(path).get("model")
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{path} has no `model:` section; it is not the config of a run")
+    return parse(ModelConfig, section, source=str(path))
 
 
 def run_folder(run: str | Path) -> Path:
@@ -110,7 +126,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is cut short or not a safetensors file ({error}); restore or retrain it") from None
+        raise CheckpointError(
+            f"{path} is cut short or not a safetensors file ({error}); restore or retrain it"
+        ) from None
 
 
 def save_weights(model: LoopedLM, path: Path, *, dtype: torch.dtype | None = None) -> None:
@@ -145,28 +163,41 @@ def save_checkpoint(
         temporary.rename(final)
         (final / MARKER).touch()
         _sync(final)
+        _sync(final.parent)  # the rename itself, before anything older is deleted
+        _remove_old(folder, keep=keep)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         left = checkpoints(folder)
         kept = f"the last one, {left[-1]}, is intact" if left else "there is no earlier one"
-        raise TrainingError(f"checkpoint {final} could not be written ({error}); {kept}. Free space and resume.") from None
-    for old in checkpoints(folder)[:-keep]:
-        (old / MARKER).unlink()
-        shutil.rmtree(old)
+        raise TrainingError(
+            f"checkpoint {final} could not be written ({error}); {kept}. Free space and resume."
+        ) from None
     return final
 
 
-def load_checkpoint(folder: Path, *, model: LoopedLM, optimizers: list[Optimizer]) -> dict[str, Any]:
-    """Restore the newest complete checkpoint into model and optimizers; returns the state that was saved with it."""
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state saved with the newest complete checkpoint: what a resume needs to know before it builds anything."""
     path = latest_checkpoint(folder)
-    load_weights(model, path / MODEL)
-    training = read_tensors(path / TRAINING)
-    torch.set_rng_state(training.pop("torch_rng"))
-    restore_optimizers(optimizers, training, source=path / TRAINING)
-    try:
-        return json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / STATE} cannot be read ({error})") from None
+    with _naming_the_one_before(folder, path):
+        try:
+            state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path / STATE} cannot be read ({error})") from None
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{path / STATE} is not a mapping")
+    return state
+
+
+def load_checkpoint(folder: Path, *, model: LoopedLM, optimizers: list[Optimizer]) -> None:
+    """Restore the newest complete checkpoint into model and optimizers."""
+    path = latest_checkpoint(folder)
+    with _naming_the_one_before(folder, path):
+        load_weights(model, path / MODEL)
+        training = read_tensors(path / TRAINING)
+        if "torch_rng" not in training:
+            raise CheckpointError(f"{path / TRAINING} holds no generator state; it is not a training checkpoint")
+        torch.set_rng_state(training.pop("torch_rng"))
+        restore_optimizers(optimizers, training, source=path / TRAINING)
 
 
 def optimizer_tensors(optimizers: list[Optimizer]) -> dict[str, Tensor]:
@@ -189,6 +220,40 @@ def restore_optimizers(optimizers: list[Optimizer], tensors: dict[str, Tensor], 
         states[int(number)].setdefault(int(index), {})[name] = tensor
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file whole or not at all."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _sync(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise TrainingError(
+            f"{path} could not be written ({error.strerror}); what was there before is intact"
+        ) from None
+
+
+def _remove_old(folder: Path, *, keep: int) -> None:
+    """Delete all but the newest `keep` complete checkpoints, and whatever was left half written."""
+    complete = checkpoints(folder)
+    for old in complete[:-keep]:
+        (old / MARKER).unlink()
+    for path in (folder / "checkpoints").glob("step-*"):
+        if path not in complete[-keep:]:
+            shutil.rmtree(path)
+
+
+@contextmanager
+def _naming_the_one_before(folder: Path, path: Path) -> Iterator[None]:
+    """Add to an error about a damaged checkpoint which earlier one can take its place."""
+    try:
+        yield
+    except CheckpointError as error:
+        others = [other for other in checkpoints(folder) if other != path]
+        hint = f" An earlier checkpoint is there: delete {path} to go back to {others[-1].name}." if others else ""
+        raise CheckpointError(f"{error}{hint}") from None
 
 
 def _sync(path: Path) -> None:

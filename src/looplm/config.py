@@ -7,7 +7,7 @@ Config classes live beside the class they configure and inherit from `Config`. A
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -48,13 +48,18 @@ def load_preset(kind: PresetKind, name_or_path: str) -> dict[str, Any]:
         names = preset_names(kind)
         if name_or_path not in names:
             raise ConfigError(
-                f"no {kind} preset named {name_or_path!r}{did_you_mean(name_or_path, names)} Presets: {', '.join(names)}."
+                f"no {kind} preset named {name_or_path!r}{did_you_mean(name_or_path, names)} "
+                f"Presets: {', '.join(names)}."
                 " A path ending in .yaml is read as a file."
             )
         path = PRESETS / kind / f"{name_or_path}.yaml"
     data = load_yaml(path)
     base = data.pop("base", None)
-    return merge(load_preset(kind, base), data) if base is not None else data
+    if base is None:
+        return data
+    if base not in preset_names(kind) or base == path.stem:
+        raise ConfigError(f"{path}: base {base!r} is not a {kind} preset; presets: {', '.join(preset_names(kind))}")
+    return merge(load_preset(kind, base), data)
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -165,4 +170,4 @@ def _known_keys(cls: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
 def _config_classes(annotation: Any) -> list[Any]:
     if isinstance(annotation, type):
         return [annotation] if issubclass(annotation, BaseModel) else []
-    return [cls for part in getattr(annotation, "__args__", ()) for cls in _config_classes(part)]
+    return [cls for part in get_args(annotation) for cls in _config_classes(part)]

@@ -70,7 +70,7 @@ def test_generate_prints_one_object_a_prompt() -> None:
 
 def test_chat_answers_and_turns_the_dial() -> None:
     out = succeeds("chat", text=f"{SUM}\n/loops 4\n{SUM}\n/loops none\n/nonsense\n\n/help\n/quit\nIs 3 even or odd?\n")
-    assert out.count("132") >= 2
+    assert out.count("132") >= 4  # as the last step and as the answer, twice
     assert "4 loops per token" in out
     assert "/loops takes a whole number" in out
     assert "unknown command '/nonsense'" in out
@@ -85,7 +85,17 @@ def test_chat_ends_with_its_input() -> None:
 def test_eval_writes_scores_with_intervals(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     out = succeeds(
-        "eval", "builtin:reasoner", "--suite", "reasoning", "--n", "2", "--loops", "1,2", "--no-harder", "--json", str(path)
+        "eval",
+        "builtin:reasoner",
+        "--suite",
+        "reasoning",
+        "--n",
+        "2",
+        "--loops",
+        "1,2",
+        "--no-harder",
+        "--json",
+        str(path),
     )
     assert "cot_format" in out
     scores = json.loads(path.read_text())
@@ -155,6 +165,12 @@ def test_train_trains_says_where_and_resumes(tmp_path: Path, tiny_reason: list[s
         (["eval", "builtin:reasoner", "--json", "{tmp}/no/where.json"], "does not exist"),
         (["eval", "{s3}", "--suite", "reasoning"], "has no text"),
         (["eval", "{s3}", "--loops", "n*n"], "is not a number or a rule"),
+        (["eval", "{s3}", "--no-harder"], "is for the reasoning suite"),
+        (["eval", "{s3}", "--lengths", "1000", "--loops", "1"], "do not fit the model's context"),
+        (["eval", "builtin:reasoner", "--lengths", "12"], "--lengths is for the s3 suite"),
+        (["eval", "builtin:reasoner", "--json", "{tmp}"], "cannot be written"),
+        (["generate", "builtin:reasoner", "--prompt", SUM, "--top-k", "3"], "raise temperature"),
+        (["train", "reason", "--model", "looplm-s3-54k", "--out", "{tmp}/x"], "raise vocab_size"),
         (["eval", "{s3}", "--lengths", "12,x"], "not a list of whole numbers"),
         (["chat", "{s3}"], "has no text"),
         (["chat", "--loops", "0"], "n_loops is 0"),

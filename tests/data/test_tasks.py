@@ -67,7 +67,12 @@ def test_answers_are_right(name: str, harder: bool) -> None:
 @pytest.mark.parametrize("harder", [False, True], ids=["in range", "harder"])
 def test_word_problem_answers_follow_from_their_numbers_and_operations(harder: bool) -> None:
     patterns = [
-        (ops, re.compile(re.sub(r"\\\{([abc])\\\}", r"(?P<\1>\\d+)", re.sub(r"\\\{[nmso]\\\}", r"\\w+", re.escape(text)))))
+        (
+            ops,
+            re.compile(
+                re.sub(r"\\\{([abc])\\\}", r"(?P<\1>\\d+)", re.sub(r"\\\{[nmso]\\\}", r"\\w+", re.escape(text)))
+            ),
+        )
         for ops, text in word_problem.TEMPLATES
     ]
     for example in examples(word_problem, harder=harder):

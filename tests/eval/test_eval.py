@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
 
+from conftest import tiny_config
 from looplm.data.tasks.example import is_test_question
 from looplm.errors import ConfigError, DataError
 from looplm.eval.interval import Score
@@ -21,20 +21,27 @@ from looplm.model.looped import LoopedLM
 @pytest.mark.parametrize(
     ("n_right", "n", "low", "high"),
     # Newcombe (1998), table I, Wilson without continuity correction; and 500 of 500
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718), (500, 500, 0.9924, 1.0)],
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (500, 500, 0.9924, 1.0),
+    ],
 )
 def test_wilson_interval(n_right: int, n: int, low: float, high: float) -> None:
     assert Score(n_right, n).interval == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
 
 
 @pytest.mark.parametrize(
-    ("rule", "loops"), [("7", 7), ("n", 12), ("n/2", 6), ("1.5n", 18), ("2n", 24), ("2n+4", 28), (" n+1 ", 13)]
+    ("rule", "loops"),
+    [("7", 7), ("n", 12), ("n/2", 6), ("1.5n", 18), ("n/5", 3), ("2n", 24), ("2n+4", 28), (" n+1 ", 13)],
 )
 def test_loop_rules(rule: str, loops: int) -> None:
     assert loops_for(rule, 12) == loops
 
 
-@pytest.mark.parametrize("rule", ["", "m", "n*2", "-3", "0", "n/0", "1.5", "n/99"])
+@pytest.mark.parametrize("rule", ["", "m", "n*2", "-3", "0", "n/0", "1.5", "n2", "0n"])
 def test_wrong_loop_rules_are_refused(rule: str) -> None:
     with pytest.raises(ConfigError, match="loops"):
         loops_for(rule, 12)
@@ -98,8 +105,10 @@ def test_staircase_scores_whole_sequences(make_model: Callable[..., LoopedLM]) -
     assert [(row.length, row.loops) for row in rows] == [(2, 2), (2, 4), (5, 5), (5, 10)]
     assert all(row.exact.n == 30 and row.exact.accuracy < 0.5 for row in rows)
 
+    model_config = make_model(*config).config
+
     class Perfect(torch.nn.Module):
-        config = make_model(*config).config
+        config = model_config
 
         def forward(self, ids: torch.Tensor, *, n_loops: int) -> object:
             from looplm.data.tasks.permutations import PRODUCT

@@ -23,9 +23,8 @@ def greedy_by_full_forward(model: LoopedLM, prompt: list[int], n_new: int, n_loo
 
 
 @pytest.mark.parametrize("n_loops", [1, 3])
-def test_batched_generation_equals_one_by_one_without_cache(variant: LoopedLM, n_loops: int) -> None:
-    if variant.config.n_outputs:
-        pytest.skip("answers of this model are not its input tokens: there is nothing to continue")
+def test_batched_generation_equals_one_by_one_without_cache(text_variant: LoopedLM, n_loops: int) -> None:
+    variant = text_variant
     together = generate(variant, PROMPTS, eos_id=EOS, max_new_tokens=12, n_loops=n_loops)
     for prompt, generation in zip(PROMPTS, together, strict=True):
         assert generation.ids == greedy_by_full_forward(variant, prompt, 12, n_loops)
@@ -67,7 +66,11 @@ def test_generation_stops_at_the_context_length(make_model: Callable[..., Looped
 def test_tokens_are_reported_as_they_come(make_model: Callable[..., LoopedLM]) -> None:
     heard: dict[int, list[int]] = {}
     generations = generate(
-        make_model(), PROMPTS, eos_id=EOS, max_new_tokens=8, on_token=lambda row, token: heard.setdefault(row, []).append(token)
+        make_model(),
+        PROMPTS,
+        eos_id=EOS,
+        max_new_tokens=8,
+        on_token=lambda row, token: heard.setdefault(row, []).append(token),
     )
     assert [heard[row] for row in range(4)] == [generation.ids for generation in generations]
 
@@ -96,12 +99,12 @@ def kept(config: SamplingConfig) -> list[int]:
 
 def test_top_k_top_p_and_min_p_keep_what_they_say() -> None:
     probabilities = LOGITS.softmax(-1)[0]  # 0.644 0.237 0.087 0.032
-    assert kept(SamplingConfig(top_k=2)) == [0, 1]
-    assert kept(SamplingConfig(top_p=0.6)) == [0]
-    assert kept(SamplingConfig(top_p=0.7)) == [0, 1]
-    assert kept(SamplingConfig(top_p=1e-9)) == [0]
-    assert kept(SamplingConfig(min_p=float(probabilities[2] / probabilities[0]) - 0.01)) == [0, 1, 2]
-    assert kept(SamplingConfig(min_p=1.0)) == [0]
+    assert kept(SamplingConfig(temperature=1.0, top_k=2)) == [0, 1]
+    assert kept(SamplingConfig(temperature=1.0, top_p=0.6)) == [0]
+    assert kept(SamplingConfig(temperature=1.0, top_p=0.7)) == [0, 1]
+    assert kept(SamplingConfig(temperature=1.0, top_p=1e-9)) == [0]
+    assert kept(SamplingConfig(temperature=1.0, min_p=float(probabilities[2] / probabilities[0]) - 0.01)) == [0, 1, 2]
+    assert kept(SamplingConfig(temperature=1.0, min_p=1.0)) == [0]
     assert kept(SamplingConfig()) == [0, 1, 2, 3]
 
 

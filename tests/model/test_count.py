@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import tiny_config
 
+from conftest import tiny_config
 from looplm.config import load_preset, parse
 from looplm.model.count import count
 from looplm.model.looped import LoopedLM, ModelConfig

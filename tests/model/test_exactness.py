@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from looplm.errors import ConfigError
+from looplm.errors import ConfigError, DataError
+from looplm.model.attention import attention_inputs
 from looplm.model.loop.plan import LoopPlan
-from looplm.model.looped import LoopedLM
+from looplm.model.looped import LoopedLM, run_layers
 
 IDS = torch.randint(0, 40, (3, 12), generator=torch.Generator().manual_seed(7))
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -89,17 +90,35 @@ def test_two_loops_are_the_core_applied_twice(make_model: Callable[..., LoopedLM
 
 
 def test_truncated_gradient_equals_that_of_the_last_loops_alone(make_model: Callable[..., LoopedLM]) -> None:
-    model = make_model("inject.kind=add")
-    model(IDS, plan=LoopPlan(4, n_grad=1)).logits.sum().backward()
-    truncated = model.core[0].attention.q.weight.grad.clone()
+    model = make_model("inject.kind=add", "n_prelude=0", "n_coda=0")
+
+    def gradient(plan: LoopPlan) -> Tensor:
+        model.zero_grad()
+        model(IDS, plan=plan).logits.square().sum().backward()
+        return model.core[0].attention.q.weight.grad.clone()
+
+    inputs = attention_inputs(model.config.block.attention, n_tokens=12, device=IDS.device)
+    with torch.no_grad():
+        state = model.run_core(model.embed(IDS), plan=LoopPlan(3), inputs=inputs)
+    entry = model.embed(IDS)
     model.zero_grad()
-    model(IDS, plan=LoopPlan(4)).logits.sum().backward()
-    whole = model.core[0].attention.q.weight.grad
-    assert truncated.abs().sum() > 0
-    assert not torch.allclose(truncated, whole)
-    model.zero_grad()
-    model(IDS, plan=LoopPlan(4, n_grad=4)).logits.sum().backward()
-    torch.testing.assert_close(model.core[0].attention.q.weight.grad, whole)
+    x = run_layers(model.core, model.inject(state, entry), inputs=inputs, slots=None)
+    model.head(model.norm(x)).square().sum().backward()
+    by_hand = model.core[0].attention.q.weight.grad.clone()
+    assert by_hand.abs().sum() > 0
+    torch.testing.assert_close(gradient(LoopPlan(4, n_grad=1)), by_hand)
+    assert not torch.allclose(gradient(LoopPlan(4)), by_hand)
+    torch.testing.assert_close(gradient(LoopPlan(4, n_grad=4)), gradient(LoopPlan(4)))
+
+
+def test_a_sequence_beyond_the_context_is_refused(make_model: Callable[..., LoopedLM]) -> None:
+    with pytest.raises(DataError, match="13 tokens do not fit the model's context of 12"):
+        make_model("seq_len=12")(torch.zeros(1, 13, dtype=torch.long))
+
+
+def test_loops_and_a_plan_together_are_refused(make_model: Callable[..., LoopedLM]) -> None:
+    with pytest.raises(ConfigError, match="both given"):
+        make_model()(IDS, n_loops=2, plan=LoopPlan(3))
 
 
 @pytest.mark.parametrize("n_loops", [0, -1])

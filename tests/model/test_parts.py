@@ -47,8 +47,8 @@ def test_attention_is_softmax_of_scaled_scores(has_gradient: bool) -> None:
     scores = torch.einsum("bhtk,bhsk->bhts", q, k) / 2
     expected = torch.einsum("bhts,bhsk->bhtk", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
     with torch.set_grad_enabled(has_gradient):
-        torch.testing.assert_close(attend(q, k, v, None), expected)
-        torch.testing.assert_close(attend(q, k, v, mask[None, None]), expected)
+        torch.testing.assert_close(attend(q, k, v, mask=None), expected)
+        torch.testing.assert_close(attend(q, k, v, mask=mask[None, None]), expected)
 
 
 def test_low_rank_linear_has_rank_times_both_widths() -> None:
@@ -67,9 +67,7 @@ def test_gate_mixes_state_and_entry_after_the_first_loop() -> None:
 
 
 @pytest.mark.parametrize("n_loops", [1, 3])
-def test_the_gate_gets_gradient_only_with_more_than_one_loop(
-    make_model: Callable[..., LoopedLM], n_loops: int
-) -> None:
+def test_the_gate_gets_gradient_only_with_more_than_one_loop(make_model: Callable[..., LoopedLM], n_loops: int) -> None:
     model = make_model("inject.kind=gate")
     model(torch.tensor([[1, 2, 3]]), n_loops=n_loops).logits.sum().backward()
     assert (model.inject.think_gate.grad is not None) == (n_loops > 1)

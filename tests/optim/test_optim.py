@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import tiny_config
 
+from conftest import tiny_config
 from looplm.model.looped import LoopedLM
 from looplm.optim.groups import OptimizerConfig, make_optimizers, set_lr_scale
 from looplm.optim.schedule import ScheduleConfig
@@ -33,15 +33,15 @@ def test_muon_moves_matrices_by_an_orthogonal_update() -> None:
     optimizers = make_optimizers(model, OptimizerConfig(muon_lr=0.1))
     weight = model.core[0].attention.q.weight
     before = weight.detach().clone()
-    model(torch.tensor([[1, 2, 3, 4]])).logits.square().sum().backward()
+    # a full-rank gradient with singular values a factor of ten apart: Muon levels them
+    u, _, v = torch.linalg.svd(torch.randn(weight.shape), full_matrices=False)
+    weight.grad = u @ torch.diag(torch.linspace(1, 10, v.shape[0])) @ v
     for optimizer in optimizers:
         optimizer.step()
-    singular = torch.linalg.svdvals((weight.detach() - before) / 0.1)
     scale = max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
-    top = singular[singular > 0.05 * singular.max()] / scale  # the gradient of four tokens has low rank
-    assert len(top) >= 2
-    assert bool((top > 0.5).all())
-    assert bool((top < 1.5).all())
+    singular = torch.linalg.svdvals((weight.detach() - before) / 0.1) / scale
+    assert bool((singular > 0.5).all())
+    assert bool((singular < 1.5).all())
 
 
 def test_schedule_warms_up_holds_and_decays() -> None:
@@ -57,5 +57,5 @@ def test_the_scale_multiplies_every_peak_rate() -> None:
     optimizers = make_optimizers(LoopedLM(tiny_config()), OptimizerConfig(muon_lr=0.02, adamw_lr=0.003))
     for scale in (0.5, 0.1):
         set_lr_scale(optimizers, scale)
-        rates = {group["lr"] for optimizer in optimizers for group in optimizer.param_groups}
-        assert rates == {pytest.approx(0.02 * scale), pytest.approx(0.003 * scale)}
+        rates = sorted({group["lr"] for optimizer in optimizers for group in optimizer.param_groups})
+        assert rates == pytest.approx([0.003 * scale, 0.02 * scale])

@@ -11,17 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
 
+from conftest import tiny_config
 from looplm.checkpoint import checkpoints, latest_checkpoint, load, read_tensors
 from looplm.data.pack import IGNORE, Batch
+from looplm.data.sources import PermutationsConfig, PermutationsSource
 from looplm.errors import CheckpointError, ConfigError, TrainingError
-from looplm.model.loop.plan import LengthPlanConfig, LoopPlan, UniformPlanConfig
+from looplm.model.loop.plan import ChoicePlanConfig, LengthPlanConfig, LoopPlan, UniformPlanConfig
 from looplm.model.looped import LoopedLM
-from looplm.telemetry.sinks import Record
+from looplm.telemetry.sinks import JsonlSink, Record
+from looplm.train import runtime
 from looplm.train.fit import TrainConfig, fit
 from looplm.train.losses import next_token_loss
 from looplm.train.run import resolve_run, resume_run, start_run
+from looplm.train.runtime import Runtime
 
 CPU = {"device": "cpu", "precision": "fp32", "compile": False, "n_threads": 1}
 
@@ -55,7 +58,7 @@ def test_a_looped_model_learns_to_copy(tmp_path: Path) -> None:
     model = LoopedLM(tiny_config("n_prelude=0", "n_coda=0", "d_model=32", "smear=1", "init=scaled", "init_std=1.0"))
     plan = {"kind": "uniform", "low": 1, "high": 2}
     config = TrainConfig(steps=150, plan=plan, n_workers=0, runtime=CPU)  # type: ignore[arg-type]
-    fit(model, Copying(), config, tmp_path)
+    fit(model, Copying(), config, folder=tmp_path)
     model.eval()
     batch = Copying().batch(10**6)
     chosen = model(batch.ids).logits.argmax(-1)
@@ -150,7 +153,7 @@ def test_a_non_finite_loss_stops_before_the_optimizer_moves(tmp_path: Path) -> N
     plan = {"kind": "fixed", "n_loops": 1}
     config = TrainConfig(steps=9, plan=plan, n_workers=0, log_every=1, checkpoint_steps=2, runtime=CPU)  # type: ignore[arg-type]
     with pytest.raises(TrainingError, match=r"step 4: loss is nan.*stopped before the optimizer moved.*step-00000002"):
-        fit(model, Poisoned(), config, tmp_path, observers=(keep,))
+        fit(model, Poisoned(), config, folder=tmp_path, observers=(keep,))
     for name, tensor in model.state_dict().items():
         if name != "norm.weight":
             assert torch.equal(tensor, before[name]), name
@@ -159,12 +162,12 @@ def test_a_non_finite_loss_stops_before_the_optimizer_moves(tmp_path: Path) -> N
 @pytest.mark.parametrize(("budget", "steps"), [({"steps": 3}, 3), ({"tokens": 12 * 32 * 4}, 4)])
 def test_budgets_end_the_run(tmp_path: Path, budget: dict[str, int], steps: int) -> None:
     config = TrainConfig(**budget, plan={"kind": "fixed", "n_loops": 1}, n_workers=0, runtime=CPU)  # type: ignore[arg-type]
-    assert fit(LoopedLM(tiny_config()), Copying(), config, tmp_path).position.step == steps
+    assert fit(LoopedLM(tiny_config()), Copying(), config, folder=tmp_path).position.step == steps
 
 
 def test_a_budget_in_minutes_is_wall_time(tmp_path: Path) -> None:
     config = TrainConfig(minutes=0.02, plan={"kind": "fixed", "n_loops": 1}, n_workers=0, runtime=CPU)  # type: ignore[arg-type]
-    result = fit(LoopedLM(tiny_config()), Copying(), config, tmp_path)
+    result = fit(LoopedLM(tiny_config()), Copying(), config, folder=tmp_path)
     assert result.position.seconds >= 1.2
     assert result.position.step > 1
 
@@ -188,12 +191,23 @@ def test_compiled_and_bf16_runs_train(tmp_path: Path, tiny_reason: list[str]) ->
     assert 0 < result.final_loss < 7
 
 
-def test_the_probe_picks_precision_and_threads_and_a_resume_keeps_them(tmp_path: Path, tiny_reason: list[str]) -> None:
-    overrides = [*tiny_reason, "train.runtime={device: cpu, compile: false}"]
+def test_the_probe_picks_precision_and_threads_and_a_resume_keeps_them(
+    tmp_path: Path, tiny_reason: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [*tiny_reason, "train.runtime.precision=auto", "train.runtime.n_threads=auto"]
+    tried = []
+
+    def seconds(trial: object, candidate: Runtime) -> float:
+        tried.append((candidate.precision, candidate.n_threads))
+        return real_seconds(trial, candidate) if candidate.precision == "bf16" else 1e6  # type: ignore[arg-type]
+
+    real_seconds = runtime._seconds
+    monkeypatch.setattr(runtime, "_seconds", seconds)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     start_run(resolve_run("reason", overrides=overrides), tmp_path / "run")
+    assert sorted(tried) == [("bf16", 1), ("bf16", 2), ("fp32", 1), ("fp32", 2)]
     state = json.loads((latest_checkpoint(tmp_path / "run") / "state.json").read_text())
-    assert state["runtime"]["precision"] in ("bf16", "fp32")
-    assert state["runtime"]["n_threads"] >= 1
+    assert state["runtime"]["precision"] == "bf16"
     resume_run(tmp_path / "run", overrides=["train.steps=7"])
     after = json.loads((latest_checkpoint(tmp_path / "run") / "state.json").read_text())
     assert after["runtime"] == state["runtime"]
@@ -207,13 +221,38 @@ def test_plans_are_drawn_from_their_stated_distributions() -> None:
     drawn = [UniformPlanConfig(low=2, high=5).sample(rng, n_tokens=9).n_loops for _ in range(4000)]
     assert set(drawn) == {2, 3, 4, 5}
     assert abs(np.mean(drawn) - 3.5) < 0.1
+    chosen = [ChoicePlanConfig(weights={2: 3.0, 4: 1.0}).sample(rng, n_tokens=9).n_loops for _ in range(4000)]
+    assert set(chosen) == {2, 4}
+    assert abs(chosen.count(4) / 4000 - 0.25) < 0.03
     tied = {LengthPlanConfig(max_extra=2).sample(rng, n_tokens=13).n_loops for _ in range(200)}
     assert tied == {12, 13, 14}
 
 
-def test_a_taken_folder_an_unwritable_one_and_a_missing_one_are_refused(
-    tmp_path: Path, tiny_reason: list[str]
-) -> None:
+def test_loops_are_drawn_independently_of_the_lengths_they_go_with(tmp_path: Path, tiny_reason: list[str]) -> None:
+    """Both come from (seed, step); from the same stream, length 12 would always get the same number of extra loops."""
+    seen: set[tuple[int, int]] = set()
+
+    class Watched(PermutationsSource):
+        def batch(self, index: int) -> Batch:
+            batch = super().batch(index)
+            lengths[index] = batch.ids.shape[1] - 1
+            return batch
+
+    lengths: dict[int, int] = {}
+    overrides = [text for text in tiny_reason if text.startswith("train.")]
+    config = resolve_run("s3", overrides=[*overrides, "train.steps=120", "data={batch_size: 1, max_len: 4, n_ramp: 0}"])
+    assert isinstance(config.data, PermutationsConfig)
+    source = Watched(config.data, seed=0)
+
+    def watch(record: Record) -> None:
+        length = lengths[int(record["step"]) - 1]
+        seen.add((length, int(record["n_loops"]) - length))
+
+    fit(LoopedLM(config.model), source, config.train, folder=tmp_path, observers=(watch,))
+    assert seen == {(length, extra) for length in (2, 3, 4) for extra in (0, 1, 2)}
+
+
+def test_a_taken_folder_an_unwritable_one_and_a_missing_one_are_refused(tmp_path: Path, tiny_reason: list[str]) -> None:
     config = resolve_run("reason", overrides=tiny_reason)
     start_run(config, tmp_path / "run")
     before = weights(tmp_path / "run")
@@ -233,3 +272,88 @@ def test_an_interrupted_run_still_loads(tmp_path: Path, tiny_reason: list[str]) 
 
     start_run(resolve_run("reason", overrides=tiny_reason), tmp_path / "run", observers=(interrupt,))
     assert load(tmp_path / "run").config.d_model == 32
+
+
+@pytest.mark.parametrize(
+    "override", ["train.seed=3", "model.d_model=64", "data.n_rows=9", "train.runtime.precision=bf16"]
+)
+def test_a_resume_refuses_what_would_make_it_another_run(tmp_path: Path, tiny_reason: list[str], override: str) -> None:
+    start_run(resolve_run("reason", overrides=tiny_reason), tmp_path / "run")
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match="cannot change on resume"):
+        resume_run(tmp_path / "run", overrides=["train.steps=9", override])
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_a_used_up_budget_says_so(tmp_path: Path, tiny_reason: list[str]) -> None:
+    start_run(resolve_run("reason", overrides=tiny_reason), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"is used up: .* 6 steps.*counted from the start"):
+        resume_run(tmp_path / "run")
+
+
+def test_a_run_stopped_before_its_first_checkpoint_resumes_from_the_start(
+    tmp_path: Path, tiny_reason: list[str]
+) -> None:
+    start_run(resolve_run("reason", overrides=tiny_reason), tmp_path / "whole")
+    (tmp_path / "bare").mkdir()
+    config = (tmp_path / "whole" / "config.yaml").read_text()
+    (tmp_path / "bare" / "config.yaml").write_text(config)
+    resume_run(tmp_path / "bare")
+    assert_same_run(tmp_path / "whole", tmp_path / "bare")
+
+
+def test_a_killed_runs_extra_metrics_are_written_once(tmp_path: Path, tiny_reason: list[str]) -> None:
+    start_run(resolve_run("reason", overrides=tiny_reason), tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
+    resume_run(tmp_path / "run", overrides=["train.steps=8"])
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 9))
+
+
+def test_metrics_that_cannot_be_written_stop_the_run_after_a_checkpoint(
+    tmp_path: Path, tiny_reason: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: JsonlSink, record: Record) -> None:
+        raise TrainingError("metrics.jsonl could not be written (No space left on device); free space and resume")
+
+    monkeypatch.setattr(JsonlSink, "write", full)
+    with pytest.raises(TrainingError, match="free space and resume"):
+        start_run(resolve_run("reason", overrides=tiny_reason), tmp_path / "run")
+    assert latest_checkpoint(tmp_path / "run").name == "step-00000001"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "says"),
+    [
+        ("reason", "model.vocab_size=256", "raise vocab_size"),
+        ("reason", "model.seq_len=100", "do not fit the model's seq_len 100"),
+        ("reason", "train.plan={kind: length}", "packed rows have none"),
+        ("reason", "data.row_len=64", "greater than or equal to 224"),
+        ("s3", "model.n_outputs=5", "take looplm-s3-54k"),
+        ("s3", "data.max_len=300", "do not fit"),
+    ],
+)
+def test_model_data_and_plan_have_to_fit_together(recipe: str, override: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        resolve_run(recipe, overrides=[override])
+
+
+def test_a_run_leaves_the_processs_threads_as_they_were(tmp_path: Path, tiny_reason: list[str]) -> None:
+    torch.set_num_threads(2)
+    try:
+        start_run(resolve_run("reason", overrides=tiny_reason), tmp_path / "run")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path: Path, tiny_reason: list[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    start_run(resolve_run("reason", overrides=tiny_reason), tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    shown = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert shown == [(record["step"], pytest.approx(record["loss"], rel=1e-5)) for record in records]

@@ -66,7 +66,7 @@ def run_chat(run: str, *, n_loops: int | None, sampling: SamplingConfig) -> None
             elif line.startswith("/"):
                 typer.echo(f"unknown command {line.split()[0]!r}; there is /loops N, /help and /quit")
             else:
-                _answer(reasoner, line, loops, sampling)
+                _answer(reasoner, line, n_loops=loops, sampling=sampling)
         except LooplmError as error:
             typer.secho(f"error: {error}", fg="red")
         except KeyboardInterrupt:
@@ -75,7 +75,7 @@ def run_chat(run: str, *, n_loops: int | None, sampling: SamplingConfig) -> None
 
 def _loops(line: str, current: int) -> int:
     words = line.split()
-    if len(words) == 2 and words[1].isdigit() and int(words[1]) > 0:
+    if len(words) == 2 and words[1].isdecimal() and int(words[1]) > 0:
         current = int(words[1])
         typer.secho(f"{current} loop{'s' if current > 1 else ''} per token", dim=True)
     else:
@@ -83,8 +83,8 @@ def _loops(line: str, current: int) -> int:
     return current
 
 
-def _answer(reasoner: Reasoner, question: str, loops: int, sampling: SamplingConfig) -> None:
-    reply = reasoner.answer([question], n_loops=loops, sampling=sampling, on_token=StepPrinter(reasoner))[0]
+def _answer(reasoner: Reasoner, question: str, *, n_loops: int, sampling: SamplingConfig) -> None:
+    reply = reasoner.answer([question], n_loops=n_loops, sampling=sampling, on_token=StepPrinter(reasoner))[0]
     typer.echo("")
     if not reply.completion.well_formed:
         typer.secho(f"(not a complete solution; stopped by {reply.generation.stopped_by})", dim=True)

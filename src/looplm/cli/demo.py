@@ -3,13 +3,13 @@
 Shares of the time were set so that at 25 minutes the reasoner trains for 15 and everything ends before the time is up.
 """
 
+import importlib.util
 import time
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from json import loads
 from pathlib import Path
 
-import torch
 import typer
 
 from looplm.checkpoint import load
@@ -51,6 +51,8 @@ def run_demo(*, minutes: float, out: Path, seed: int) -> None:
     """Train and measure everything once; writes staircase.png and report.html into `out`."""
     if not minutes > 0:
         raise ConfigError(f"--minutes {minutes} is not a wall time; give more than 0")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("the demo draws plots with matplotlib, which is not installed: pip install 'looplm[plot]'")
     started = time.perf_counter()
     folder = _new_folder(out)
     _say(f"1. The built-in reasoner, {len(EXAMPLES)} questions")
@@ -84,11 +86,15 @@ def _staircase(folder: Path, report: Report, *, minutes: float, seed: int) -> No
     typer.echo(f"plot: {folder / 'staircase.png'}")
     report.heading("The loop staircase: permutation tracking in S3")
     report.paragraph(
-        f"Trained on lengths up to 12 with at most 14 loops, {share:.1f} minutes each, seed {seed}. A sequence counts when "
-        f"every position is right; {rows['looped'][0].exact.n} fresh sequences a point, 95 % Wilson intervals."
+        f"Trained on lengths up to 12 with at most 14 loops, {share:.1f} minutes each, seed {seed}. A sequence counts "
+        f"when every position is right; {rows['looped'][0].exact.n} fresh sequences a point, 95 % Wilson intervals."
     )
     report.image(plot, alt="exact accuracy by length and loops")
-    table = [[name, row.rule, str(row.length), str(row.loops), f"{100 * row.exact.accuracy:.1f}"] for name in rows for row in rows[name]]
+    table = [
+        [name, row.rule, str(row.length), str(row.loops), f"{100 * row.exact.accuracy:.1f}"]
+        for name in rows
+        for row in rows[name]
+    ]
     report.table(["model", "rule", "length", "loops", "exact %"], table)
 
 
@@ -97,7 +103,6 @@ def _reasoner(folder: Path, report: Report, *, minutes: float, seed: int) -> Non
     _say(f"3. The reasoner, trained from nothing for {share:.1f} minutes")
     run = folder / "reason"
     _train("reason", run, minutes=share, seed=seed, label="reasoner")
-    torch.set_num_threads(max(1, torch.get_num_threads()))
     reasoner = load_reasoner(run)
     trained = reasoner.model.config.n_loops
     # the suite's 500 questions a task where there is time for them: answering takes about a tenth of the training
@@ -187,7 +192,9 @@ def _print_scores(columns: Mapping[str, Mapping[str, Score | float]], *, n: int)
     }
     for name, scores in columns.items():
         values = [
-            value.accuracy if isinstance(value, Score) else value for task, value in scores.items() if task != FORMAT_TASK
+            value.accuracy if isinstance(value, Score) else value
+            for task, value in scores.items()
+            if task != FORMAT_TASK
         ]
         shown[name] = {**shown[name], "mean of the seven": f"{100 * sum(values) / len(values):.1f}"}
     reasoning_table(f"reasoning suite, {n} held-out questions a task, % right [95 %]", shown)
@@ -212,7 +219,7 @@ def _say(text: str) -> None:
 def _new_folder(out: Path) -> Path:
     """`out`, or `out-2`, `out-3` ... if it is taken: a demo never writes over an earlier one."""
     folder, number = out, 1
-    while folder.exists() and any(folder.iterdir()):
+    while folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         number += 1
         folder = out.with_name(f"{out.name}-{number}")
     try:

@@ -11,16 +11,25 @@ def evaluate(
     suite: Annotated[
         str | None, typer.Option(help="reasoning or s3. Default: what the run was trained on.", show_default=False)
     ] = None,
-    n: Annotated[int | None, typer.Option("--n", help="Questions per task (500), or sequences per length (200).")] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", help="Questions per task (500), or sequences per length (200).")
+    ] = None,
     loops: Annotated[
         str | None,
-        typer.Option(help="Numbers of loops, as 1,2,4,8; for s3 also rules of the length, as n/2,n,1.5n.", show_default=False),
+        typer.Option(
+            help="Numbers of loops, as 1,2,4,8; for s3 also rules of the length, as n/2,n,1.5n.", show_default=False
+        ),
     ] = None,
-    lengths: Annotated[str | None, typer.Option(help="Sequence lengths for s3, as 12,24,64.", show_default=False)] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Sequence lengths for s3, as 12,24,64.", show_default=False)
+    ] = None,
     questions: Annotated[
         Path | None, typer.Option(help='Your own questions: {"task", "question", "answer"} a line.', show_default=False)
     ] = None,
-    harder: Annotated[bool, typer.Option(help="Also score questions beyond the trained ranges.")] = True,
+    harder: Annotated[
+        bool | None,
+        typer.Option("--harder/--no-harder", help="Also score questions beyond the trained ranges.", show_default="on"),
+    ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the scores here.", show_default=False)] = None,
 ) -> None:
     """Score a run: accuracy with 95 % intervals, by number of loops."""
@@ -29,23 +38,28 @@ def evaluate(
 
     if n is not None and n < 1:
         raise ConfigError(f"--n {n} is too small; give 1 or more")
+    if suite not in (None, "reasoning", "s3"):
+        raise ConfigError(f"no suite {suite!r}; there is reasoning and s3")
+    if json_out is not None:
+        _check_writable(json_out)
     loaded = load_run(run)
     trained_on = loaded.config.get("data", {}).get("kind")
-    chosen = suite or ("reasoning" if questions or trained_on != "permutations" else "s3")
-    if chosen not in ("reasoning", "s3"):
-        raise ConfigError(f"no suite {chosen!r}; there is reasoning and s3")
-    if json_out is not None and not json_out.absolute().parent.is_dir():
-        raise ConfigError(f"--json {str(json_out)!r}: the folder {str(json_out.absolute().parent)!r} does not exist; make it first")
-    if chosen == "s3":
-        if questions is not None or suite == "reasoning":
-            raise ConfigError("--questions are text; they need the reasoning suite")
-        scores = _staircase(loaded.model, lengths=lengths, loops=loops, n=n)
+    if suite == "s3" or (suite is None and questions is None and trained_on == "permutations"):
+        for option, value in (("--questions", questions), ("--harder", harder)):
+            if value is not None:
+                raise ConfigError(f"{option} is for the reasoning suite; s3 takes --lengths, --loops and --n")
+        scores = {"suite": "s3", **_staircase(loaded.model, lengths=lengths, loops=loops, n=n)}
     else:
         if lengths is not None:
             raise ConfigError("--lengths is for the s3 suite; the reasoning suite takes --n and --loops")
-        scores = _reasoning(run, loops=loops, n=n, questions=questions, harder=harder)
+        if questions is not None and (n is not None or harder is not None):
+            raise ConfigError("--n and --harder choose generated questions; with --questions all of the file is scored")
+        scores = {
+            "suite": "reasoning",
+            **_reasoning(loaded, run=run, loops=loops, n=n, questions=questions, harder=harder),
+        }
     if json_out is not None:
-        _write_json(json_out, {"run": run, "suite": chosen, **scores})
+        _write_json(json_out, {"run": run, **scores})
 
 
 def demo(
@@ -78,30 +92,32 @@ def _staircase(model: Any, *, lengths: str | None, loops: str | None, n: int | N
 
 
 def _reasoning(
-    run: str, *, loops: str | None, n: int | None, questions: Path | None, harder: bool
+    loaded: Any, *, run: str, loops: str | None, n: int | None, questions: Path | None, harder: bool | None
 ) -> dict[str, Any]:
     from looplm.cli.arguments import loop_counts
     from looplm.cli.progress import CountProgress
     from looplm.cli.show import reasoning_table
-    from looplm.errors import ConfigError
+    from looplm.eval.reasoning import as_reasoner, held_out_questions, read_questions
     from looplm.eval.reasoning import evaluate as score
-    from looplm.eval.reasoning import held_out_questions, load_reasoner, read_questions
 
-    if questions is not None and n is not None:
-        raise ConfigError("--n counts generated questions; with --questions all of the file is scored")
-    asked = read_questions(questions) if questions is not None else held_out_questions(n or 500)
-    beyond = held_out_questions(min(n or 500, 100), harder=True) if harder and questions is None else []
-    reasoner = load_reasoner(run)
+    reasoner = as_reasoner(loaded, run=run)
     default = reasoner.model.config.n_loops
     counts = loop_counts(loops) if loops is not None else [default]
     headline = default if default in counts else counts[-1]
+    asked = read_questions(questions) if questions is not None else held_out_questions(n or 500)
+    wants_harder = questions is None and harder is not False
+    beyond = held_out_questions(min(n or 500, 100), harder=True) if wants_harder else []
     with CountProgress("answering", len(asked) * len(counts) + len(beyond)) as progress:
         results = {count: score(reasoner, asked, n_loops=count, on_progress=progress) for count in counts}
         extra = score(reasoner, beyond, n_loops=headline, on_progress=progress) if beyond else None
     columns = {f"{count} loop{'s' if count > 1 else ''}": result.scores for count, result in results.items()}
-    reasoning_table("held-out questions, exact match with 95 % interval", columns)
+    source = f"questions of {questions}" if questions is not None else f"{n or 500} held-out questions a task"
+    reasoning_table(f"{source}, % right, greedy, exact match [95 % interval]", columns)
     if extra is not None:
-        reasoning_table("beyond the trained ranges (never trained on)", {f"{headline} loops": extra.scores})
+        n_extra = min(n or 500, 100)
+        reasoning_table(
+            f"beyond the trained ranges, never trained on, {n_extra} a task", {f"{headline} loops": extra.scores}
+        )
     return {
         "n_loops": headline,
         "mean_accuracy": results[headline].mean_accuracy,
@@ -113,6 +129,19 @@ def _reasoning(
         "harder": {name: each.as_dict() for name, each in extra.scores.items()} if extra is not None else {},
         "mistakes": results[headline].mistakes,
     }
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse a place that cannot take the scores, before they are worked out."""
+    import os
+
+    from looplm.errors import ConfigError
+
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"--json {str(path)!r}: the folder {str(folder)!r} does not exist; make it first")
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigError(f"--json {str(path)!r} cannot be written; give a file in a folder of yours")
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

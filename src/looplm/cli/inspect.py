@@ -6,7 +6,7 @@ import typer
 
 
 def count(
-    model: Annotated[str, typer.Argument(help="A model preset, a YAML file or a run folder.")],
+    model: Annotated[str, typer.Argument(help="A model preset, a YAML file, a run folder or builtin:reasoner.")],
     loops: Annotated[
         str, typer.Option(help="Numbers of loops to count FLOPs for, as 1,2,4,8.", show_default=True)
     ] = "1,2,4,8",
@@ -20,14 +20,16 @@ def count(
     from rich.console import Console
     from rich.table import Table
 
+    from looplm.checkpoint import BUILTIN, run_model_config
     from looplm.cli.arguments import loop_counts
-    from looplm.config import load_preset, load_yaml, parse
+    from looplm.config import load_preset, parse
     from looplm.model.count import count as count_model
     from looplm.model.looped import ModelConfig
 
-    run_config = Path(model) / "config.yaml"
-    data = load_yaml(run_config)["model"] if run_config.is_file() else load_preset("model", model)
-    config = parse(ModelConfig, data, source=f"model {model!r}")
+    if model.startswith(BUILTIN) or Path(model).is_dir():
+        config = run_model_config(model)
+    else:
+        config = parse(ModelConfig, load_preset("model", model), source=f"model {model!r}")
     counts = [count_model(config, n_loops=n) for n in loop_counts(loops)]
     if json_out:
         typer.echo(json.dumps([asdict(each) for each in counts]))
@@ -39,7 +41,9 @@ def count(
         numbers = (each.active, each.flops_per_token, each.training_flops_per_token, each.kv_bytes_per_token)
         table.add_row(str(each.n_loops), *(f"{number:,}" for number in numbers))
     Console().print(table)
-    typer.echo(f"FLOPs at a context of {config.seq_len // 2} tokens, half of seq_len; the config's own n_loops is {config.n_loops}.")
+    typer.echo(
+        f"FLOPs at a context of {config.seq_len // 2} tokens, half of seq_len; n_loops is {config.n_loops} by default."
+    )
 
 
 def config(

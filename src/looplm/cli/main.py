@@ -1,4 +1,4 @@
-"""The `looplm` command. Only typer is imported here: everything else waits until a verb needs it, so help is instant."""
+"""The `looplm` command. Only typer is imported here: everything else waits until a verb needs it, so help is fast."""
 
 import sys
 
@@ -31,9 +31,7 @@ def main() -> None:
         typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
         typer.echo(str(error), err=True)
         sys.exit(1)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output left, as `looplm ... | head` does
-        sys.exit(141)
-    except KeyboardInterrupt:
-        typer.echo("stopped", err=True)
-        sys.exit(130)
+    except OSError as error:  # a disk that filled up, a folder that vanished: nothing of ours can mend it
+        typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+        typer.echo(f"{error.filename or 'the system'}: {error.strerror or error}", err=True)
+        sys.exit(1)

@@ -19,7 +19,7 @@ class TrainingProgress:
         self.is_terminal = sys.stderr.isatty()
         self.label = label
         self._started = time.perf_counter()
-        self._first_progress: float | None = None
+        self._first: tuple[float, float] | None = None
         self._last_line = 0.0
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -46,10 +46,10 @@ class TrainingProgress:
     def __call__(self, record: Record) -> None:
         elapsed = time.perf_counter() - self._started
         progress = float(record["progress"])
-        if self._first_progress is None:
-            self._first_progress = progress if progress < 0.5 else 0.0
-        gained = progress - (self._first_progress if elapsed > 60 else 0.0)
-        left = elapsed * (1 - progress) / gained if gained > 0 else float("nan")
+        if self._first is None:
+            self._first = (elapsed, progress)  # after probing and compiling, and where a resumed run stood
+        gained = progress - self._first[1]
+        left = (elapsed - self._first[0]) * (1 - progress) / gained if gained > 0 else float("nan")
         numbers = (
             f"step {record['step']:,}  loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tok/s  "
             f"waiting {record['waiting_share']:.1%}  {_clock(left)} left"

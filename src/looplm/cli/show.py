@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from looplm.eval.interval import Score
@@ -17,14 +18,14 @@ def percent(score: Score) -> str:
 
 def reasoning_table(title: str, columns: Mapping[str, Mapping[str, Score | str]]) -> None:
     """Tasks down, models or loop counts across."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     table.add_column("task")
     for name in columns:
         table.add_column(name, justify="right")
     tasks = list(dict.fromkeys(task for scores in columns.values() for task in scores))
     for task in tasks:
         cells = [scores.get(task, "-") for scores in columns.values()]
-        table.add_row(task, *(percent(cell) if isinstance(cell, Score) else cell for cell in cells))
+        table.add_row(escape(task), *(percent(cell) if isinstance(cell, Score) else cell for cell in cells))
     Console().print(table)
 
 
@@ -43,4 +44,6 @@ def staircase_table(title: str, models: Mapping[str, Sequence[Row]]) -> None:
         table.add_section()
     Console().print(table)
     n = next(iter(models.values()))[0].exact.n
-    Console().print(f"[dim]{n} fresh sequences a cell, % exact; 95 % interval at 100 %: [{100 * Score(n, n).interval[0]:.1f}, 100][/dim]")
+    Console().print(
+        f"[dim]{n} fresh sequences a cell; 95 % interval at 100 %: [{100 * Score(n, n).interval[0]:.1f}, 100][/dim]"
+    )

@@ -17,12 +17,24 @@ def chat(
     run: RunArgument = "builtin:reasoner",
     loops: Annotated[int | None, typer.Option(help="Loops to start with.", show_default=False)] = None,
     temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
 ) -> None:
     """Ask questions in the terminal. Steps are shown dimmed, the answer plain; /loops N turns the dial."""
     from looplm.cli.chat import run_chat
 
-    run_chat(run, n_loops=loops, sampling=_sampling(temperature=temperature, seed=seed))
+    sampling = _sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    run_chat(run, n_loops=loops, sampling=sampling)
 
 
 def generate(

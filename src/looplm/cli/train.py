@@ -11,11 +11,13 @@ def train(
         list[str] | None,
         typer.Argument(
             metavar="[RECIPE] [KEY=VALUE]...",
-            help="A run preset (reason, s3, s3-iso-parameter, s3-iso-flop) or a YAML file, then changes such as train.seed=1.",
+            help="A run preset (see `looplm config`) or a YAML file, then changes such as train.seed=1.",
             show_default=False,
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder to make. Default: runs/RECIPE.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder to make. Default: runs/RECIPE.", show_default=False)
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Another model preset or YAML file.", show_default=False)] = None,
     minutes: Annotated[float | None, typer.Option(help="Budget of wall time.", show_default=False)] = None,
     steps: Annotated[int | None, typer.Option(help="Budget of optimizer updates.", show_default=False)] = None,
@@ -38,17 +40,18 @@ def train(
         # a budget given here replaces the preset's, whatever its unit
         overrides += [f"train.{name}={'null' if value is None else value}" for name, value in budgets.items()]
     overrides += words
-    with TrainingProgress() as progress:
-        if resume is not None:
-            if recipe is not None or out is not None or model is not None:
-                raise ConfigError("--resume continues a run as it is: leave out the recipe, --out and --model")
-            folder = resume
+    if resume is not None:
+        if recipe is not None or out is not None or model is not None:
+            raise ConfigError("--resume continues a run as it is: leave out the recipe, --out and --model")
+        folder = resume
+        with TrainingProgress() as progress:
             result = resume_run(resume, overrides=overrides, observers=(progress,))
-        else:
-            if recipe is None:
-                raise ConfigError("no recipe given; try: looplm train reason --minutes 15 --out runs/r")
-            folder = out or Path("runs") / Path(recipe).stem
-            config = resolve_run(recipe, overrides=overrides, model=model)
+    else:
+        if recipe is None:
+            raise ConfigError("no recipe given; try: looplm train reason --minutes 15 --out runs/r")
+        folder = out or Path("runs") / Path(recipe).stem
+        config = resolve_run(recipe, overrides=overrides, model=model)
+        with TrainingProgress() as progress:
             result = start_run(config, folder, observers=(progress,))
     position = result.position
     share = position.seconds_waited / max(position.seconds, 1e-9)
@@ -56,6 +59,9 @@ def train(
         f"{'stopped' if result.interrupted else 'done'}: step {position.step:,}, {position.tokens:,} tokens in "
         f"{position.seconds / 60:.1f} min, loss {result.final_loss:.4f}, {share:.1%} of the time waiting for data"
     )
+    runtime = result.runtime
+    threads = f"{runtime.n_threads} thread{'s' if runtime.n_threads > 1 else ''}"
+    typer.echo(f"ran on {runtime.device}, {runtime.precision}, {'compiled' if runtime.compile else 'eager'}, {threads}")
     typer.echo(f"saved {result.checkpoint}")
     if result.interrupted:
         typer.echo(f"go on with: looplm train --resume {folder}")

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterator
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from looplm.data.pack import Batch
@@ -23,7 +24,9 @@ class Loader:
     """Iterates over batches `start`, `start + 1`, ... for ever. `seconds_waited` is the time spent waiting for them."""
 
     def __init__(self, source: Source, *, start: int, n_workers: int) -> None:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread per worker; also silences a warning at fork
+        os.environ.setdefault(
+            "TOKENIZERS_PARALLELISM", "false"
+        )  # one thread per worker; also silences a warning at fork
         self.seconds_waited = 0.0
         self._loader = DataLoader(
             _Numbered(source),
@@ -32,6 +35,8 @@ class Loader:
             num_workers=n_workers,
             prefetch_factor=4 if n_workers else None,
             worker_init_fn=_ignore_interrupt,
+            # its own, unused: the default draws a seed from torch's global generator, once more for every resume
+            generator=torch.Generator(),
         )
 
     def __iter__(self) -> Iterator[Batch]:

@@ -44,7 +44,7 @@ class Batch:
 
 
 def pack(draw: Callable[[], Document], *, n_rows: int, row_len: int, pad_id: int) -> Batch:
-    """Fill n_rows rows of row_len tokens with drawn documents, first fit. The label shift happens here and nowhere else."""
+    """Fill n_rows rows of row_len tokens with drawn documents. The label shift happens here and only here."""
     ids = np.full((n_rows, row_len), pad_id, dtype=np.int64)
     targets = np.full((n_rows, row_len), IGNORE, dtype=np.int64)
     documents = np.zeros((n_rows, row_len), dtype=np.int32)  # 0 is padding

@@ -29,8 +29,8 @@ class ReasoningConfig(Config):
     kind: Literal["reasoning"] = "reasoning"
     n_rows: PositiveInt = 36
     """Rows of a micro-batch."""
-    row_len: PositiveInt = 224
-    """Tokens of a row; a document longer than this is never trained on."""
+    row_len: int = Field(default=224, ge=224)
+    """Tokens of a row; the longest worked solution has 224, so that none is left out."""
     weights: dict[str, PositiveFloat] = Field(default_factory=lambda: dict.fromkeys(REASONING, 1.0))
     """Share of each task among the documents, relative."""
 

@@ -1,6 +1,6 @@
 """Accuracies with their 95 % intervals."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import sqrt
 
 Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution

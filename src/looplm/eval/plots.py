@@ -35,7 +35,9 @@ def staircase_plot(models: Mapping[str, Sequence[Row]]) -> bytes:
     longest = max(row.length for rows in models.values() for row in rows)
     axes.axvspan(0, 12.6, color="#EEEEEE", zorder=0)
     axes.text(6.3, 3, "trained", ha="center", color="#666666", fontsize=8)
-    axes.set(xlim=(0, longest + 3), ylim=(-3, 103), xlabel="permutations in the sequence", ylabel="sequences all right, %")
+    axes.set(
+        xlim=(0, longest + 3), ylim=(-3, 103), xlabel="permutations in the sequence", ylabel="sequences all right, %"
+    )
     axes.set_title("S3 permutation tracking: more loops, longer sequences", fontsize=11, loc="left")
     axes.legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _png(figure)

@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from looplm.checkpoint import load_run
+from looplm.checkpoint import LoadedRun, load_run
 from looplm.data.tasks import REASONING
 from looplm.data.tasks.example import Example, is_test_question
 from looplm.errors import CheckpointError, DataError
 from looplm.eval.interval import Score
-from looplm.infer.reasoner import Reasoner, Reply
+from looplm.infer.reasoner import MAX_NEW_TOKENS, Reasoner, Reply
+from looplm.model.loop.plan import LoopPlan
 
 EVAL_SEED = 20261121
-BATCH = 250
+MAX_BATCH = 250
+CACHE_BYTES = 600_000_000  # of keys and values in one batch; deep plans and long prompts make smaller batches
 FORMAT_TASK = "cot_format"
 
 
@@ -44,10 +46,16 @@ class Result:
 
 def load_reasoner(run: str | Path) -> Reasoner:
     """The reasoner of a run folder or of `builtin:reasoner`."""
-    loaded = load_run(run)
+    return as_reasoner(load_run(run), run=run)
+
+
+def as_reasoner(loaded: LoadedRun, *, run: str | Path) -> Reasoner:
+    """A loaded run as a reasoner, if text is what it was trained on."""
     kind = loaded.config.get("data", {}).get("kind")
     if kind != "reasoning":
-        raise CheckpointError(f"{str(run)!r} was trained on {kind!r}, which has no text; give a run of `looplm train reason`")
+        raise CheckpointError(
+            f"{str(run)!r} was trained on {kind!r}, which has no text; give a run of `looplm train reason`"
+        )
     return Reasoner(loaded.model)
 
 
@@ -69,7 +77,7 @@ def held_out_questions(n: int, *, harder: bool = False, seed: int = EVAL_SEED) -
 def read_questions(path: Path) -> list[Question]:
     """Questions from JSON lines of `{"task", "question", "answer"}`."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold the other line ends of str.splitlines
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"question file {str(path)!r} cannot be read ({error})") from None
     questions = []
@@ -77,11 +85,11 @@ def read_questions(path: Path) -> list[Question]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-            questions.append(Question(str(record["task"]), str(record["question"]), str(record["answer"]).strip()))
-        except (ValueError, KeyError, TypeError):
+            questions.append(_question(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f'{path}, line {number}: expected {{"task": ..., "question": ..., "answer": ...}}, got {line[:80]!r}'
+                f'{path}, line {number}: expected {{"task": ..., "question": ..., "answer": ...}}, all non-empty, '
+                f"got {line[:80]!r} ({error})"
             ) from None
     if not questions:
         raise DataError(f"question file {str(path)!r} holds no questions")
@@ -96,15 +104,17 @@ def evaluate(
     on_progress: Callable[[int], None] | None = None,
 ) -> Result:
     """Score all questions; `on_progress` hears how many more are done."""
-    loops = reasoner.model.config.n_loops if n_loops is None else n_loops
+    loops = LoopPlan(reasoner.model.config.n_loops if n_loops is None else n_loops).n_loops
+    longest = _check_lengths(reasoner, questions)
+    batch_size = _batch_size(reasoner, n_loops=loops, n_tokens=longest + MAX_NEW_TOKENS)
     right: dict[str, int] = {}
     total: dict[str, int] = {}
     n_formed = 0
     mistakes = []
     # similar lengths together: a batch runs as long as its longest answer
     order = sorted(range(len(questions)), key=lambda index: (questions[index].task, len(questions[index].question)))
-    for start in range(0, len(order), BATCH):
-        part = [questions[index] for index in order[start : start + BATCH]]
+    for start in range(0, len(order), batch_size):
+        part = [questions[index] for index in order[start : start + batch_size]]
         replies = reasoner.answer([question.question for question in part], n_loops=loops)
         for question, reply in zip(part, replies, strict=True):
             is_right = reply.completion.answer == question.answer
@@ -119,6 +129,39 @@ def evaluate(
     scores = {task: Score(right[task], total[task]) for task in tasks}
     scores[FORMAT_TASK] = Score(n_formed, len(questions))
     return Result(loops, scores, mistakes)
+
+
+def _question(record: dict[str, object]) -> Question:
+    """One record of a question file; ValueError says what is wrong with it."""
+    texts = {key: str(record[key]).strip() for key in ("task", "question", "answer") if record[key] is not None}
+    for key in ("task", "question", "answer"):
+        if not texts.get(key):
+            raise ValueError(f"{key} is empty")
+    if texts["task"] == FORMAT_TASK:
+        raise ValueError(f"{FORMAT_TASK} is counted over all tasks and cannot be one")
+    return Question(**texts)
+
+
+def _check_lengths(reasoner: Reasoner, questions: Sequence[Question]) -> int:
+    """Tokens of the longest prompt; one that leaves no room for an answer is refused before anything is scored."""
+    longest, seq_len = 0, reasoner.model.config.seq_len
+    for question in questions:
+        n_tokens = len(reasoner.prompt_ids(question.question))
+        if n_tokens >= seq_len:
+            raise DataError(
+                f"the question {question.question[:60]!r}... has {n_tokens} tokens and the model's context is "
+                f"{seq_len}; shorten it or leave it out"
+            )
+        longest = max(longest, n_tokens)
+    return longest
+
+
+def _batch_size(reasoner: Reasoner, *, n_loops: int, n_tokens: int) -> int:
+    """Rows whose cache stays within CACHE_BYTES."""
+    model = reasoner.model
+    attention = model.config.block.attention
+    per_token = model.n_slots(n_loops) * 2 * attention.n_kv_heads * attention.head_dim * model.embed.weight.itemsize
+    return max(1, min(MAX_BATCH, CACHE_BYTES // (per_token * min(n_tokens, model.config.seq_len))))
 
 
 def _mistake(question: Question, reply: Reply) -> dict[str, str]:

@@ -45,22 +45,24 @@ class Report:
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], *, escape: bool = True) -> None:
         head = "".join(f"<th>{html.escape(text)}</th>" for text in header)
         body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell) if escape else cell}</td>" for cell in row) + "</tr>" for row in rows
+            "<tr>" + "".join(f"<td>{html.escape(cell) if escape else cell}</td>" for cell in row) + "</tr>"
+            for row in rows
         )
         self._parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
     def example(self, question: str, steps: Sequence[str], answer: str) -> None:
         written = html.escape("\n".join(steps))
         self._parts.append(
-            f"<p>{html.escape(question)}</p><div class=steps>{written}</div><div class=answer>{html.escape(answer)}</div>"
+            f"<p>{html.escape(question)}</p><div class=steps>{written}</div>"
+            f"<div class=answer>{html.escape(answer)}</div>"
         )
 
     def html(self) -> str:
         """The whole page."""
         title = html.escape(self.title)
         return (
-            f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{title}</title><style>{STYLE}</style></head>"
-            f"<body><h1>{title}</h1>{''.join(self._parts)}</body></html>"
+            f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
+            f"</head><body><h1>{title}</h1>{''.join(self._parts)}</body></html>"
         )
 
 

@@ -1,5 +1,6 @@
 """The loop staircase: exact-sequence accuracy on permutation tracking by length and number of loops."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ EVAL_SEED = 20261121
 N_SEQUENCES = 200
 LENGTHS = (12, 24, 32, 48, 64)
 LOOPS = ("n/2", "n", "1.5n", "2n")
-EXPRESSION = re.compile(r"(?:(\d+(?:\.\d+)?)?n(?:/(\d+))?)?(?:\+?(\d+))?")
+EXPRESSION = re.compile(r"(?P<factor>\d+(?:\.\d+)?)?n(?:/(?P<divisor>[1-9]\d*))?(?:\+(?P<extra>\d+))?|(?P<fixed>\d+)")
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,19 @@ class Row:
 
 
 def loops_for(rule: str, length: int) -> int:
-    """A number of loops from `12`, `n`, `n/2`, `1.5n` or `2n+4`, where n is the sequence length."""
+    """A number of loops from `12`, `n`, `n/2`, `1.5n` or `2n+4`, where n is the sequence length; halves round up."""
     match = EXPRESSION.fullmatch(rule.strip())
-    if not match or not rule.strip():
+    if not match:
         raise ConfigError(f"loops {rule!r} is not a number or a rule such as n, n/2, 1.5n or 2n+4")
-    factor, divisor, extra = match.groups()
-    if divisor == "0":
-        raise ConfigError(f"loops {rule!r} divides by zero")
-    has_length = "n" in rule
-    scaled = float(factor or 1) * length / int(divisor or 1) if has_length else 0.0
-    loops = round(scaled) + int(extra or 0)
+    if match["fixed"] is not None:
+        loops = int(match["fixed"])
+    else:
+        scaled = float(match["factor"] or 1) * length / int(match["divisor"] or 1)
+        loops = math.ceil(scaled) + int(match["extra"] or 0)
     if loops < 1:
-        raise ConfigError(f"loops {rule!r} gives {loops} at length {length}; a looped model runs its core at least once")
+        raise ConfigError(
+            f"loops {rule!r} gives {loops} at length {length}; a looped model runs its core at least once"
+        )
     return loops
 
 

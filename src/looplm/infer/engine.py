@@ -10,8 +10,8 @@ from torch import Tensor
 from looplm.errors import DataError
 from looplm.infer.sampling import Sampler, SamplingConfig
 from looplm.model.cache import KVCache
-from looplm.model.looped import LoopedLM
 from looplm.model.loop.plan import LoopPlan
+from looplm.model.looped import LoopedLM
 
 # Dropping finished rows copies the whole cache: worth it once a quarter of the batch has finished.
 SHRINK_BELOW = 0.75
@@ -40,7 +40,7 @@ def generate(
     sampling: SamplingConfig | None = None,
     on_token: OnToken | None = None,
 ) -> list[Generation]:
-    """Continue every prompt until EOS, `max_new_tokens` or the model's seq_len. Greedy unless `sampling` says otherwise."""
+    """Continue every prompt until EOS, `max_new_tokens` or the model's seq_len. Greedy unless `sampling` is given."""
     plan = LoopPlan(model.config.n_loops if n_loops is None else n_loops)
     check_prompts(prompts, model=model, max_new_tokens=max_new_tokens)
     device = model.embed.weight.device
@@ -51,7 +51,7 @@ def generate(
     contexts = [list(prompt) for prompt in prompts]
     rows = list(range(len(prompts)))  # which prompt each row of the batch is
     active = rows
-    logits = prefill(model, prompts, lengths, plan, cache)
+    logits = prefill(model, prompts, lengths, plan=plan, cache=cache)
     for n_new in range(1, max_new_tokens + 1):
         chosen = sampler.choose(logits, rows=rows, contexts=[contexts[row] for row in rows])
         for row, token in zip(rows, chosen, strict=True):
@@ -59,9 +59,7 @@ def generate(
                 contexts[row].append(token)
                 if on_token is not None:
                     on_token(row, token)
-        active = [
-            row for row in active if contexts[row][-1] != eos_id and len(contexts[row]) < model.config.seq_len
-        ]
+        active = [row for row in active if contexts[row][-1] != eos_id and len(contexts[row]) < model.config.seq_len]
         if not active or n_new == max_new_tokens:
             break
         tokens = torch.tensor(chosen, device=device)
@@ -82,7 +80,7 @@ def generate(
 
 
 def prefill(
-    model: LoopedLM, prompts: Sequence[Sequence[int]], lengths: Tensor, plan: LoopPlan, cache: KVCache
+    model: LoopedLM, prompts: Sequence[Sequence[int]], lengths: Tensor, *, plan: LoopPlan, cache: KVCache
 ) -> Tensor:
     """Run all prompts into an empty cache; logits (B, V) after the last token of each.
 
@@ -116,8 +114,8 @@ def check_prompts(prompts: Sequence[Sequence[int]], *, model: LoopedLM, max_new_
             raise DataError("the prompt is empty; give at least one token")
         if len(prompt) >= model.config.seq_len:
             raise DataError(
-                f"the prompt has {len(prompt)} tokens and the model's context is {model.config.seq_len}: no room is left "
-                "for an answer; shorten the prompt"
+                f"the prompt has {len(prompt)} tokens and the model's context is {model.config.seq_len}: no room is "
+                "left for an answer; shorten the prompt"
             )
 
 

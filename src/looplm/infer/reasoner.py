@@ -57,6 +57,5 @@ class Reasoner:
         )
         texts = [self.tokenizer.decode(generation.ids, skip_special_tokens=False) for generation in generations]
         return [
-            Reply(parse_completion(text), text, generation)
-            for text, generation in zip(texts, generations, strict=True)
+            Reply(parse_completion(text), text, generation) for text, generation in zip(texts, generations, strict=True)
         ]

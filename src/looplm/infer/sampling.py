@@ -4,7 +4,7 @@ Every row has its own generator, so what a row draws does not depend on which ro
 """
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from looplm.config import Config
@@ -25,6 +25,14 @@ class SamplingConfig(Config):
     """Logits of tokens already in the context are divided by it if positive, multiplied if negative (CTRL, 2019)."""
     seed: NonNegativeInt = 0
     """Row i draws from a generator seeded by (seed, i)."""
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> "SamplingConfig":
+        if self.temperature == 0 and (self.top_k is not None or self.top_p < 1 or self.min_p > 0):
+            raise ValueError(
+                "top_k, top_p and min_p choose among draws, and temperature 0 draws none: raise temperature"
+            )
+        return self
 
 
 class Sampler:

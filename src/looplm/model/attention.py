@@ -108,7 +108,7 @@ class GQA(nn.Module):
         n_groups = self.config.n_heads // self.config.n_kv_heads
         if n_groups > 1:
             k, v = k.repeat_interleave(n_groups, dim=1), v.repeat_interleave(n_groups, dim=1)
-        mixed = attend(q, k, v, inputs.mask)
+        mixed = attend(q, k, v, mask=inputs.mask)
         return self.o(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class GQA(nn.Module):
 MAX_WRITTEN_OUT = 224
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(K)) v over (B, H, T, K); mask as in AttentionInputs."""
     n_tokens, n_keys = q.shape[2], k.shape[2]
     if not (torch.is_grad_enabled() and q.device.type == "cpu" and n_keys <= MAX_WRITTEN_OUT):

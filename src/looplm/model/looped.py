@@ -12,6 +12,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from looplm.config import Config
+from looplm.errors import ConfigError, DataError
 from looplm.model.attention import AttentionInputs, attention_inputs
 from looplm.model.block import Block, BlockConfig
 from looplm.model.cache import KVCache, Slot
@@ -110,7 +111,10 @@ class LoopedLM(nn.Module):
         With a cache, `positions` (B, T) says where each token stands, `n_keys` how many keys any row can see, and
         `before` (B, smear) which tokens came just before.
         """
-        plan = plan or LoopPlan(self.config.n_loops if n_loops is None else n_loops)
+        if plan is None:
+            plan = LoopPlan(self.config.n_loops if n_loops is None else n_loops)
+        elif n_loops is not None:
+            raise ConfigError(f"n_loops {n_loops} and a plan of {plan.n_loops} loops were both given; give one")
         hidden = self.hidden(ids, plan=plan, cache=cache, positions=positions, n_keys=n_keys, before=before)
         return LoopedOutput(self.head(hidden).float(), hidden, plan.n_loops)
 
@@ -127,6 +131,10 @@ class LoopedLM(nn.Module):
     ) -> Tensor:
         """The state after coda and final norm, (B, T, D): everything but the head, so that a loss can apply the head
         to the positions it scores and to no others. `documents` (B, T) numbers the documents packed in a row."""
+        if cache is None and ids.shape[1] > self.config.seq_len:
+            raise DataError(
+                f"{ids.shape[1]} tokens do not fit the model's context of {self.config.seq_len}; shorten them"
+            )
         inputs = attention_inputs(
             self.config.block.attention,
             n_tokens=ids.shape[1],
@@ -137,9 +145,9 @@ class LoopedLM(nn.Module):
         )
         slots = iter(cache.slots) if cache is not None else None
         x = self.embed_tokens(ids, before=before, documents=documents)
-        x = run_layers(self.prelude, x, inputs, slots)
-        x = self.run_core(x, plan, inputs, slots)
-        x = run_layers(self.coda, x, inputs, slots)
+        x = run_layers(self.prelude, x, inputs=inputs, slots=slots)
+        x = self.run_core(x, plan=plan, inputs=inputs, slots=slots)
+        x = run_layers(self.coda, x, inputs=inputs, slots=slots)
         return self.norm(x)
 
     def embed_tokens(self, ids: Tensor, *, before: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
@@ -153,7 +161,7 @@ class LoopedLM(nn.Module):
         return self.smear(x, before=before, documents=documents)
 
     def run_core(
-        self, entry: Tensor, plan: LoopPlan, inputs: AttentionInputs, slots: Iterator[Slot] | None = None
+        self, entry: Tensor, *, plan: LoopPlan, inputs: AttentionInputs, slots: Iterator[Slot] | None = None
     ) -> Tensor:
         """The loop: inject, then the core layers, n_loops times."""
         tracking = torch.is_grad_enabled()
@@ -162,7 +170,7 @@ class LoopedLM(nn.Module):
         for loop_idx in range(plan.n_loops):
             with torch.set_grad_enabled(tracking and plan.carries_gradient(loop_idx)):
                 state = self.inject(state, entry)
-                state = run_layers(self.core, state, inputs, slots)
+                state = run_layers(self.core, state, inputs=inputs, slots=slots)
         assert state is not None
         return self.inject.read_out(state)
 
@@ -191,11 +199,8 @@ class LoopedLM(nn.Module):
                 yield block
 
 
-def run_layers(
-    layers: nn.ModuleList, x: Tensor | None, inputs: AttentionInputs, slots: Iterator[Slot] | None
-) -> Tensor:
+def run_layers(layers: nn.ModuleList, x: Tensor, *, inputs: AttentionInputs, slots: Iterator[Slot] | None) -> Tensor:
     """Apply layers in order, each with the next cache slot."""
-    assert x is not None
     for layer in layers:
         x = layer(x, inputs, next(slots) if slots is not None else None)
     return x

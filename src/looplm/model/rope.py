@@ -24,5 +24,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     product on CPU (docs/log.md, 2026-11-21).
     """
     wide = x.float()
-    turned = wide * torch.cat((cos, cos), dim=-1) + wide.roll(x.shape[-1] // 2, dims=-1) * torch.cat((-sin, sin), dim=-1)
+    turned = wide * torch.cat((cos, cos), dim=-1) + wide.roll(x.shape[-1] // 2, dims=-1) * torch.cat(
+        (-sin, sin), dim=-1
+    )
     return turned.to(x.dtype)

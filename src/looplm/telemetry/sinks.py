@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -19,11 +20,20 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """Appends to metrics.jsonl, a line a record, flushed at once."""
+    """Appends to metrics.jsonl, a line a record, flushed at once. Records beyond `from_step`, which a killed run wrote
+    after its last checkpoint, are dropped first: the resumed run writes them again."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, from_step: int = 0) -> None:
         self.path = path
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        try:
+            if path.exists():
+                kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= from_step]
+                temporary = path.with_name(path.name + ".partial")
+                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                temporary.replace(path)
+            self._file: IO[str] = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise TrainingError(f"{path} could not be written ({error}); free space and resume") from None
 
     def write(self, record: Record) -> None:
         try:
@@ -33,31 +43,44 @@ class JsonlSink:
             raise TrainingError(f"{self.path} could not be written ({error}); free space and resume") from None
 
     def close(self) -> None:
-        try:
+        with suppress(OSError):  # the write that could not be flushed has already been reported
             self._file.close()
-        except OSError:
-            pass  # the write that could not be flushed has already been reported
 
 
 class TensorBoardSink:
-    """Every number of a record as a scalar over steps."""
+    """Every number of a record as a scalar over steps. A copy for looking at: if it cannot be written it stops, and
+    metrics.jsonl, which holds the same, decides whether the run can go on."""
 
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._is_open = True
         self._writer = SummaryWriter(str(folder))
 
     def write(self, record: Record) -> None:
-        for name, value in record.items():
-            self._writer.add_scalar(name, value, int(record["step"]))
+        try:
+            for name, value in record.items():
+                if self._is_open:
+                    self._writer.add_scalar(name, value, int(record["step"]))
+        except OSError:
+            self._is_open = False
 
     def close(self) -> None:
-        self._writer.close()
+        with suppress(OSError):
+            self._writer.close()
 
 
-def make_sinks(folder: Path) -> list[Sink]:
-    """All sinks of a run folder."""
-    sinks: list[Sink] = [JsonlSink(folder / "metrics.jsonl")]
+def make_sinks(folder: Path, *, from_step: int) -> list[Sink]:
+    """All sinks of a run folder that stands at `from_step`."""
+    sinks: list[Sink] = [JsonlSink(folder / "metrics.jsonl", from_step=from_step)]
     if importlib.util.find_spec("tensorboard") is not None:
         sinks.append(TensorBoardSink(folder / "tensorboard"))
     return sinks
+
+
+def _step_of(line: str) -> float:
+    """The step of a record; infinite for a line that was cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

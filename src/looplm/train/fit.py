@@ -1,8 +1,8 @@
 """The one training loop. Maths is inline; observers only watch.
 
-Everything that decides the next step is a function of (config, seed, step) or is in the checkpoint: batches are numbered,
-plans are drawn from (seed, step), so a resumed run repeats the uninterrupted one bit for bit (with a budget in steps or
-tokens; a budget in minutes ties the learning rate to the clock).
+Everything that decides the next step is a function of (config, seed, step) or is in the checkpoint: batches are
+numbered, plans are drawn from (seed, step), so a resumed run repeats the uninterrupted one bit for bit (with a budget
+in steps or tokens; a budget in minutes ties the learning rate to the clock).
 """
 
 import signal
@@ -19,21 +19,23 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch.optim import Optimizer
 
-from looplm.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from looplm.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
 from looplm.config import Config
 from looplm.data.loader import Loader
 from looplm.data.sources import Source
-from looplm.errors import TrainingError
+from looplm.errors import CheckpointError, ConfigError, TrainingError
 from looplm.model.loop.plan import PlanConfig
 from looplm.model.looped import LoopedLM
 from looplm.optim.groups import OptimizerConfig, gradient_norm, make_optimizers, set_lr_scale
 from looplm.optim.schedule import ScheduleConfig
-from looplm.telemetry.sinks import Record, make_sinks
+from looplm.telemetry.sinks import Record, Sink, make_sinks
 from looplm.train.losses import next_token_loss
 from looplm.train.runtime import Runtime, RuntimeConfig, choose_runtime
 
 LONG_RUN_MINUTES = 3.0  # compiling the blocks costs up to 40 s; below this it does not come back
 LONG_RUN_STEPS = 400
+PROBE_BATCH = 10**6  # past any ramp: the probe times the batches most of the run will see
+PLAN_STREAM = 1  # keeps plans independent of what sources draw from (seed, batch number)
 
 
 class TrainConfig(Config):
@@ -106,43 +108,55 @@ class FitResult:
     interrupted: bool
     checkpoint: Path
     final_loss: float
+    runtime: Runtime
 
 
 Observer = Callable[[Record], None]
 
 
 def fit(
-    model: LoopedLM, source: Source, config: TrainConfig, folder: Path, *, observers: tuple[Observer, ...] = ()
+    model: LoopedLM, source: Source, config: TrainConfig, *, folder: Path, observers: tuple[Observer, ...] = ()
 ) -> FitResult:
     """Train `model` on `source` until the budget is used or Ctrl-C; resumes if `folder` holds a checkpoint."""
-    return _Fit(model, source, config, folder, observers).run()
+    n_threads = torch.get_num_threads()
+    try:
+        return _Fit(model, source, config, folder=folder, observers=observers).run()
+    finally:
+        torch.set_num_threads(n_threads)  # the runtime's choice is this run's, not the process's
 
 
 class _Fit:
     """The state of one run while it runs."""
 
     def __init__(
-        self, model: LoopedLM, source: Source, config: TrainConfig, folder: Path, observers: tuple[Observer, ...]
+        self,
+        model: LoopedLM,
+        source: Source,
+        config: TrainConfig,
+        *,
+        folder: Path,
+        observers: tuple[Observer, ...],
     ) -> None:
         self.model, self.source, self.config, self.folder, self.observers = model, source, config, folder, observers
-        self.position = Position()
-        self.optimizers: list[Optimizer] = make_optimizers(model, config.optimizer)
         self.started = time.perf_counter()
-        saved: dict[str, Any] = {}
-        if checkpoints(folder):
-            saved = load_checkpoint(folder, model=model, optimizers=self.optimizers)
-            self.position = Position(**saved["position"])
-        self.seconds_before = self.position.seconds
-        self.waited_before = self.position.seconds_waited
-        self.runtime = Runtime(**saved["runtime"]) if saved else self._choose_runtime()
+        is_resumed = bool(checkpoints(folder))
+        if is_resumed:
+            self.position, self.runtime = self._saved_state()
+        else:
+            self.position, self.runtime = Position(), self._choose_runtime()
+        self.seconds_before, self.waited_before = self.position.seconds, self.position.seconds_waited
+        # the model moves before its optimizers are made: they hold its parameters, and their state follows those
         self.runtime.apply(model)
         self.device = torch.device(self.runtime.device)
+        self.optimizers: list[Optimizer] = make_optimizers(model, config.optimizer)
+        if is_resumed:
+            load_checkpoint(folder, model=model, optimizers=self.optimizers)
 
     def run(self) -> FitResult:
         config, position = self.config, self.position
         loader = Loader(self.source, start=position.step * config.accumulate, n_workers=config.n_workers)
         batches = iter(loader)
-        sinks = make_sinks(self.folder)
+        sinks = make_sinks(self.folder, from_step=position.step)
         last_saved, last_logged, tokens_logged = time.perf_counter(), time.perf_counter(), position.tokens
         record: Record = {"loss": float("nan")}
         try:
@@ -158,13 +172,12 @@ class _Fit:
                         record["waiting_share"] = position.seconds_waited / position.seconds
                         record["progress"] = min(config.progress(position), 1.0)
                         last_logged, tokens_logged = now, position.tokens
-                        for write in (*(sink.write for sink in sinks), *self.observers):
-                            write(record)
+                        self._report(record, sinks)
                     if self._checkpoint_due(now - last_saved):
                         self._save()
                         last_saved = now
                 checkpoint = self._save()
-                return FitResult(position, interrupted(), checkpoint, float(record["loss"]))
+                return FitResult(position, interrupted(), checkpoint, float(record["loss"]), self.runtime)
         finally:
             for sink in sinks:
                 sink.close()
@@ -173,7 +186,7 @@ class _Fit:
         """One optimizer update."""
         config, position = self.config, self.position
         scale = config.schedule.scale(config.progress(position))
-        rng = np.random.default_rng([config.seed, position.step])
+        rng = np.random.default_rng([config.seed, position.step, PLAN_STREAM])
         loss = torch.zeros((), device=self.device)
         n_loops = 0
         for batch in islice(batches, config.accumulate):
@@ -206,9 +219,38 @@ class _Fit:
             "n_loops": n_loops / config.accumulate,
         }
 
+    def _report(self, record: Record, sinks: list[Sink]) -> None:
+        """Write a record everywhere. If it cannot be written, what was learned so far still is."""
+        try:
+            for sink in sinks:
+                sink.write(record)
+        except TrainingError:
+            self._save()
+            raise
+        for observer in self.observers:
+            observer(record)
+
+    def _saved_state(self) -> tuple[Position, Runtime]:
+        """Position and runtime of the newest checkpoint."""
+        state = read_state(self.folder)
+        try:
+            position, runtime = Position(**state["position"]), Runtime(**state["runtime"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"the newest checkpoint of {self.folder} holds no training state ({error})") from None
+        if runtime.device == "cuda" and not torch.cuda.is_available():
+            raise CheckpointError(
+                f"{self.folder} was trained on a GPU and torch sees none: resume it where there is one"
+            )
+        if self.config.progress(position) >= 1:
+            raise ConfigError(
+                f"the budget of {self.folder} is used up: {position.seconds / 60:.1f} minutes, {position.step:,} "
+                f"steps, {position.tokens:,} tokens. Give a larger --minutes, --steps or --tokens, counted from the start."
+            )
+        return position, runtime
+
     def _choose_runtime(self) -> Runtime:
         config = self.config
-        batch = self.source.batch(0)
+        batch = self.source.batch(PROBE_BATCH)
         plan = config.plan.sample(np.random.default_rng(config.seed), n_tokens=batch.ids.shape[1])
 
         def trial(runtime: Runtime) -> None:
@@ -216,7 +258,8 @@ class _Fit:
                 next_token_loss(self.model, batch, plan).backward()
             self.model.zero_grad(set_to_none=True)
 
-        long_run = (config.minutes or 1e9) >= LONG_RUN_MINUTES and (config.steps or 10**9) >= LONG_RUN_STEPS
+        steps = min(config.steps or 10**12, (config.tokens or 10**18) // (batch.n_tokens * config.accumulate))
+        long_run = (config.minutes or 1e9) >= LONG_RUN_MINUTES and steps >= LONG_RUN_STEPS
         return choose_runtime(config.runtime, trial=trial, long_run=long_run)
 
     def _checkpoint_due(self, seconds_since: float) -> bool:

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from looplm.data.pack import IGNORE, Batch
-from looplm.model.looped import LoopedLM
 from looplm.model.loop.plan import LoopPlan
+from looplm.model.looped import LoopedLM
 
 
 def next_token_loss(model: LoopedLM, batch: Batch, plan: LoopPlan, *, label_smoothing: float = 0.0) -> Tensor:

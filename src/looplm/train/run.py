@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import model_validator
 
-from looplm.checkpoint import CONFIG, checkpoints, run_folder
+from looplm.checkpoint import CONFIG, run_folder, write_text
 from looplm.config import Config, apply_overrides, load_preset, load_yaml, parse, to_yaml
-from looplm.data.sources import DataConfig, make_source
+from looplm.data.sources import DataConfig, PermutationsConfig, make_source
+from looplm.data.tasks import permutations
+from looplm.data.tokenizer import VOCAB_SIZE
 from looplm.errors import ConfigError, TrainingError
+from looplm.model.loop.plan import LengthPlanConfig
 from looplm.model.looped import LoopedLM, ModelConfig
 from looplm.train.fit import FitResult, Observer, TrainConfig, fit
 
@@ -24,6 +28,44 @@ class RunConfig(Config):
     train: TrainConfig
     """How it learns."""
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> "RunConfig":
+        model, data = self.model, self.data
+        if isinstance(data, PermutationsConfig):
+            if (model.vocab_size, model.d_head_out) != (permutations.VOCAB_SIZE, permutations.N_ANSWERS):
+                raise ValueError(
+                    f"permutations need a model with vocab_size {permutations.VOCAB_SIZE} and n_outputs "
+                    f"{permutations.N_ANSWERS}, not {model.vocab_size} and {model.d_head_out}: take looplm-s3-54k"
+                )
+            longest = data.max_len + 1
+        else:
+            if model.vocab_size < VOCAB_SIZE or model.d_head_out < VOCAB_SIZE:
+                raise ValueError(
+                    f"the reasoning suite has {VOCAB_SIZE} tokens and the model {model.d_head_out}: raise vocab_size"
+                )
+            if isinstance(self.train.plan, LengthPlanConfig):
+                raise ValueError("plan kind length ties loops to the length of a sequence; packed rows have none")
+            longest = data.row_len
+        if longest > model.seq_len:
+            raise ValueError(f"sequences of {longest} tokens do not fit the model's seq_len {model.seq_len}: raise it")
+        return self
+
+
+# What may change when a run is continued: nothing that decides a step, except how many of them there are.
+CHANGEABLE = tuple(
+    f"train.{name}"
+    for name in (
+        "minutes",
+        "steps",
+        "tokens",
+        "checkpoint_minutes",
+        "checkpoint_steps",
+        "keep",
+        "log_every",
+        "n_workers",
+    )
+)
+
 
 def resolve_run(recipe: str, *, overrides: Iterable[str] = (), model: str | None = None) -> RunConfig:
     """The config of a run preset or YAML file with `a.b=c` overrides; `model` names another model preset."""
@@ -35,30 +77,39 @@ def resolve_run(recipe: str, *, overrides: Iterable[str] = (), model: str | None
 
 def start_run(config: RunConfig, out: Path, *, observers: tuple[Observer, ...] = ()) -> FitResult:
     """Train in a new folder `out`."""
-    if checkpoints(out):
-        raise ConfigError(f"{str(out)!r} already holds a run; continue it with --resume, or give another --out")
+    if (out / CONFIG).exists():
+        raise ConfigError(f"{str(out)!r} already holds a run; continue it with --resume {out}, or give another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / CONFIG).write_text(to_yaml(config), encoding="utf-8")
     except OSError as error:
-        raise TrainingError(f"run folder {str(out)!r} cannot be written ({error.strerror}); give another --out") from None
-    return _train(config, out, observers)
+        raise TrainingError(
+            f"run folder {str(out)!r} cannot be written ({error.strerror}); give another --out"
+        ) from None
+    write_text(out / CONFIG, to_yaml(config))
+    return _train(config, out, observers=observers)
 
 
 def resume_run(run: Path, *, overrides: Iterable[str] = (), observers: tuple[Observer, ...] = ()) -> FitResult:
-    """Continue an interrupted run, optionally with changed values (a larger budget, say)."""
+    """Continue an interrupted run. What it is stays; its budget and how it is watched and saved may change."""
     folder = run_folder(run)
-    data = apply_overrides(load_yaml(folder / CONFIG), overrides)
-    config = parse(RunConfig, data, source=str(folder / CONFIG))
-    (folder / CONFIG).write_text(to_yaml(config), encoding="utf-8")
-    return _train(config, folder, observers)
+    overrides = list(overrides)
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key not in CHANGEABLE:
+            raise ConfigError(
+                f"{key!r} cannot change on resume: the run would be another one. What can: {', '.join(CHANGEABLE)}."
+            )
+    config = parse(RunConfig, apply_overrides(load_yaml(folder / CONFIG), overrides), source=str(folder / CONFIG))
+    if overrides:
+        write_text(folder / CONFIG, to_yaml(config))
+    return _train(config, folder, observers=observers)
 
 
-def _train(config: RunConfig, folder: Path, observers: tuple[Observer, ...]) -> FitResult:
+def _train(config: RunConfig, folder: Path, *, observers: tuple[Observer, ...]) -> FitResult:
     torch.manual_seed(config.train.seed)
     model = LoopedLM(config.model)
     source = make_source(config.data, seed=config.train.seed)
-    return fit(model, source, config.train, folder, observers=observers)
+    return fit(model, source, config.train, folder=folder, observers=observers)
 
 
 def _with_model(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 kept in the checkpoint, since another choice would change the numbers of a resumed run."""
 
 import shutil
+import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,14 +18,14 @@ from looplm.model.looped import LoopedLM
 
 
 class RuntimeConfig(Config):
-    """`auto` is resolved at the start of a run and written to its log."""
+    """`auto` is resolved at the start of a run; the choice is kept in its checkpoints."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast type; auto takes the faster of a probe on a CPU, bf16 on a GPU."""
     compile: bool | Literal["auto"] = "auto"
-    """Compile the blocks; auto does for runs of minutes where a C++ compiler is found."""
+    """Compile the blocks; auto does for runs of minutes where a C++ compiler and Python's headers are found."""
     n_threads: PositiveInt | Literal["auto"] = "auto"
     """CPU threads; auto probes all cores against one."""
 
@@ -60,7 +62,10 @@ def choose_runtime(config: RuntimeConfig, *, trial: Callable[[Runtime], None], l
         raise ConfigError("train.runtime.device is cuda, and torch sees no GPU; use cpu or auto")
     compiles = config.compile is True or (config.compile == "auto" and long_run and has_compiler())
     if config.compile is True and not has_compiler():
-        raise ConfigError("train.runtime.compile is true, and there is no C++ compiler (g++ or clang++); install one, or set it false")
+        raise ConfigError(
+            "train.runtime.compile is true, and there is no C++ compiler (g++ or clang++) or no Python.h; "
+            "install them, or set it false"
+        )
     all_threads = torch.get_num_threads()
     if device == "cuda":
         precision = "fp32" if config.precision == "fp32" else "bf16"
@@ -76,8 +81,9 @@ def choose_runtime(config: RuntimeConfig, *, trial: Callable[[Runtime], None], l
 
 
 def has_compiler() -> bool:
-    """Whether torch.compile can build CPU kernels here."""
-    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+    """Whether torch.compile can build CPU kernels here: it needs a C++ compiler and Python's headers."""
+    has_headers = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+    return has_headers and any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
 def _seconds(trial: Callable[[Runtime], None], candidate: Runtime) -> float:

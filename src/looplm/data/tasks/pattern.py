@@ -1,6 +1,7 @@
 """`What comes next: {x1}, {x2}, {x3}, {x4}, ?` Five kinds of sequence, all terms in 0..9999.
 
-The scratchpad takes the last two differences, names the rule they show, and applies it.
+The scratchpad takes the last two differences, writes them side by side in the question's own form, names the rule they
+show, and applies it. Side by side, a repeated difference, a ratio, and the first two terms of a sum are seen at once.
 """
 
 import random
@@ -73,8 +74,8 @@ def _solve(terms: list[int]) -> Example:
     question = f"What comes next: {first}, {second}, {third}, {fourth}, ?"
     if first == third and second == fourth:
         return Example(question, ("alternates", f"={answer}"), str(answer))
-    late, early = compute(fourth, "-", third), compute(third, "-", second)
-    steps = late.steps + early.steps
+    early, late = compute(third, "-", second), compute(fourth, "-", third)
+    steps = (*early.steps, *late.steps, f"{early.value}, {late.value}")
     if (early.value, late.value) == (first, second):
         rest = ("sum of the last two", *compute(third, "+", fourth).steps)
     elif late.value == early.value:

@@ -1,7 +1,7 @@
 """Permutation state tracking in S3: read permutations of three objects, say after each what their product so far is.
 
-Order matters (S3 is not commutative), so the product at position n needs n steps in sequence, or a cleverer way than one
-layer has. Token 0 is BOS: without it position 0 attends to itself only and cannot be told from a repeated token.
+Order matters (S3 is not commutative), so the product at position n needs n steps in sequence, or a cleverer way than
+one layer has. Token 0 is BOS: without it position 0 attends to itself only and cannot be told from a repeated token.
 """
 
 from itertools import permutations

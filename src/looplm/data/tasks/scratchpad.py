@@ -51,14 +51,18 @@ def add(left: int, right: int) -> Work:
 
 
 def subtract(left: int, right: int) -> Work:
-    """Compare first, turn the operands round if the left is smaller, then columns from the right with borrows."""
+    """Compare first, turn the operands round if the left is smaller, then columns from the right with borrows.
+
+    Columns that the comparison found equal give zeros, and no borrow reaches them: they are left out.
+    """
     a, b = align(left, right)
     steps = [f"{a}-{b}", compare(a, b)]
     if left < right:
         a, b = b, a
         steps.append(f"{a}-{b}")
+    n_equal = steps[1].count("=")
     borrow = 0
-    for x, y in zip(reversed(a), reversed(b), strict=True):
+    for x, y in zip(reversed(a[n_equal:]), reversed(b[n_equal:]), strict=True):
         lacking = int(x) - borrow < int(y)
         top = int(x) + 10 if lacking else int(x)
         taken = f"{top}-{borrow}" if borrow else f"{top}"

@@ -28,6 +28,7 @@ def _sample(rng: random.Random, n_numbers: int) -> Example:
     padded = [f"{number:03d}" for number in numbers]
     by_hundreds = sorted(padded, key=lambda text: text[:1], reverse=reverse)
     by_tens = sorted(by_hundreds, key=lambda text: text[:2], reverse=reverse)
-    steps = tuple(" ".join(line) for line in (padded, by_hundreds, by_tens))
+    by_units = sorted(by_tens, reverse=reverse)
+    steps = tuple(" ".join(line) for line in (padded, by_hundreds, by_tens, by_units))
     answer = " ".join(map(str, sorted(numbers, reverse=reverse)))
     return Example(f"Sort in {word} order: {' '.join(map(str, numbers))}", steps, answer)

@@ -31,7 +31,8 @@ def sample_harder(rng: random.Random) -> Example:
     """Three operations of + and -, from left to right."""
     numbers = [rng.randint(0, 99) for _ in range(4)]
     ops = [rng.choice("+-") for _ in range(3)]
-    text, value, steps = str(numbers[0]), numbers[0], ()
+    text, value = str(numbers[0]), numbers[0]
+    steps: tuple[str, ...] = ()
     for op, number in zip(ops, numbers[1:], strict=True):
         work = compute(value, op, number)
         text, value, steps = f"{text} {op} {number}", work.value, steps + work.steps

@@ -65,7 +65,8 @@ def _sample(rng: random.Random, *, low: int, high: int) -> Example:
     ops, template = rng.choice(TEMPLATES)
     while True:
         numbers = [rng.randint(low, high) for _ in range(len(ops) + 1)]
-        value, steps = numbers[0], ()
+        value = numbers[0]
+        steps: tuple[str, ...] = ()
         for op, number in zip(ops, numbers[1:], strict=True):
             work = compute(value, op, number)
             value, steps = work.value, steps + work.steps

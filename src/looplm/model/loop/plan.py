@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from looplm.config import Config
 from looplm.errors import ConfigError
@@ -64,6 +64,25 @@ class UniformPlanConfig(Config):
         return LoopPlan(int(rng.integers(self.low, self.high + 1)))
 
 
+class ChoicePlanConfig(Config):
+    """A number of loops drawn at every step with the given weights: mostly the usual one, now and then a deeper one."""
+
+    kind: Literal["choice"] = "choice"
+    weights: dict[PositiveInt, PositiveFloat]
+    """Relative weight of each number of loops."""
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> "ChoicePlanConfig":
+        if not self.weights:
+            raise ValueError("no number of loops has a weight; name at least one, as {2: 0.7, 3: 0.3}")
+        return self
+
+    def sample(self, rng: np.random.Generator, *, n_tokens: int) -> LoopPlan:
+        """One plan for a batch of `n_tokens` tokens a sequence."""
+        shares = np.array(list(self.weights.values()))
+        return LoopPlan(int(rng.choice(list(self.weights), p=shares / shares.sum())))
+
+
 class LengthPlanConfig(Config):
     """As many loops as the task has steps, plus 0..max_extra: the recipe of the loop staircase (spec loops, 3.3)."""
 
@@ -78,4 +97,6 @@ class LengthPlanConfig(Config):
         return LoopPlan(max(1, n_tokens - self.n_prefix) + int(rng.integers(0, self.max_extra + 1)))
 
 
-PlanConfig = Annotated[FixedPlanConfig | UniformPlanConfig | LengthPlanConfig, Field(discriminator="kind")]
+PlanConfig = Annotated[
+    FixedPlanConfig | UniformPlanConfig | ChoicePlanConfig | LengthPlanConfig, Field(discriminator="kind")
+]

@@ -4,7 +4,6 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,11 +74,6 @@ def variant(request: pytest.FixtureRequest, make_model: Callable[..., LoopedLM])
 def text_variant(request: pytest.FixtureRequest, make_model: Callable[..., LoopedLM]) -> LoopedLM:
     """Variants whose outputs are their input tokens, so that they can continue a text."""
     return make_model(*VARIANTS[request.param])
-
-
-@pytest.fixture
-def rng() -> random.Random:
-    return random.Random(0)
 
 
 @pytest.fixture

@@ -81,11 +81,10 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        both_mappings = isinstance(below, Mapping) and isinstance(value, Mapping)
-        if both_mappings and ("kind" not in value or value["kind"] == below.get("kind")):
-            merged[key] = merge(below, value)
-        else:
-            merged[key] = value
+        merged[key] = value
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            is_same_kind = "kind" not in value or value["kind"] == below.get("kind")
+            merged[key] = merge(below, value) if is_same_kind else value
     return merged
 
 

@@ -63,7 +63,7 @@ def evaluate(
 
 
 def demo(
-    minutes: Annotated[float, typer.Option(help="Wall time of the whole demo.")] = 25.0,
+    minutes: Annotated[float, typer.Option(help="Wall time of the whole demo.")] = 23.0,
     out: Annotated[Path, typer.Option(help="Folder for runs, plots and report.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Seed of both trainings.")] = 0,
 ) -> None:

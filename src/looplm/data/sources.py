@@ -27,12 +27,14 @@ class ReasoningConfig(Config):
     """The reasoning suite, packed."""
 
     kind: Literal["reasoning"] = "reasoning"
-    n_rows: PositiveInt = 36
+    n_rows: PositiveInt = 32
     """Rows of a micro-batch."""
-    row_len: int = Field(default=224, ge=224)
-    """Tokens of a row; the longest worked solution has 224, so that none is left out."""
+    row_len: int = Field(default=256, ge=256)
+    """Tokens of a row; the longest worked solution has 252, so that none is left out."""
     weights: dict[str, PositiveFloat] = Field(default_factory=lambda: dict.fromkeys(REASONING, 1.0))
     """Share of each task among the documents, relative."""
+    small_share: float = Field(default=0.15, ge=0, le=1)
+    """Share of the documents drawn from the low end of each task's range, which a uniform draw seldom visits."""
 
     @field_validator("weights")
     @classmethod
@@ -83,7 +85,7 @@ class ReasoningSource:
 
         def draw() -> Document:
             while True:
-                example = rng.choices(tasks, weights)[0].sample(rng)
+                example = rng.choices(tasks, weights)[0].sample(rng, small=rng.random() < self.config.small_share)
                 if not is_test_question(example.question):
                     break
             prompt = self.tokenizer.encode(render_prompt(example.question)).ids

@@ -10,7 +10,7 @@ from looplm.infer.engine import Generation, OnToken, generate
 from looplm.infer.sampling import SamplingConfig
 from looplm.model.looped import LoopedLM
 
-MAX_NEW_TOKENS = 320  # the longest worked solution of the suite has under 224
+MAX_NEW_TOKENS = 320  # the longest worked solution of the suite has under 256
 
 
 @dataclass(frozen=True)

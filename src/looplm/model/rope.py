@@ -9,12 +9,14 @@ from torch import Tensor
 
 
 def rope_tables(positions: Tensor, *, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin for integer positions (T,) or (B, T): (1 or B, 1, T, K/2) in fp32."""
+    """cos and sin for integer positions (T,) or (B, T): (1 or B, 1, T, K) each in fp32, ready for `apply_rope`: both
+    halves of a head side by side, the sine of the left half negative."""
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions.float()[..., None] * base**-exponent  # (..., T, K/2)
     if angles.dim() == 2:
         angles = angles[None]
-    return angles.cos()[:, None], angles.sin()[:, None]
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -24,7 +26,4 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     product on CPU (docs/log.md, 2026-11-21).
     """
     wide = x.float()
-    turned = wide * torch.cat((cos, cos), dim=-1) + wide.roll(x.shape[-1] // 2, dims=-1) * torch.cat(
-        (-sin, sin), dim=-1
-    )
-    return turned.to(x.dtype)
+    return (wide * cos + wide.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)

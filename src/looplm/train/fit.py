@@ -243,8 +243,9 @@ class _Fit:
             )
         if self.config.progress(position) >= 1:
             raise ConfigError(
-                f"the budget of {self.folder} is used up: {position.seconds / 60:.1f} minutes, {position.step:,} "
-                f"steps, {position.tokens:,} tokens. Give a larger --minutes, --steps or --tokens, counted from the start."
+                f"the budget of {self.folder} is used up: {position.seconds / 60:.1f} minutes, "
+                f"{position.step:,} steps, {position.tokens:,} tokens. Give a larger --minutes, --steps or --tokens, "
+                "counted from the start."
             )
         return position, runtime
 

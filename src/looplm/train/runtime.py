@@ -68,8 +68,8 @@ def choose_runtime(config: RuntimeConfig, *, trial: Callable[[Runtime], None], l
         )
     all_threads = torch.get_num_threads()
     if device == "cuda":
-        precision = "fp32" if config.precision == "fp32" else "bf16"
-        return Runtime(device, precision, compiles, all_threads if config.n_threads == "auto" else config.n_threads)
+        n_threads = all_threads if config.n_threads == "auto" else config.n_threads
+        return Runtime(device, "bf16" if config.precision == "auto" else config.precision, compiles, n_threads)
     precisions: list[Literal["bf16", "fp32"]] = ["bf16", "fp32"] if config.precision == "auto" else [config.precision]
     threads = sorted({all_threads, 1}, reverse=True) if config.n_threads == "auto" else [config.n_threads]
     candidates = [Runtime(device, precision, compiles, n) for precision in precisions for n in threads]

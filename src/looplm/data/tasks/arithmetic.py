@@ -8,10 +8,10 @@ from looplm.data.tasks.scratchpad import compute
 NAME = "arithmetic"
 
 
-def sample(rng: random.Random) -> Example:
-    """+ and -: operands 0..999; *: operands 0..99."""
+def sample(rng: random.Random, *, small: bool = False) -> Example:
+    """+ and -: operands 0..999; *: operands 0..99; small ones 0..19."""
     op = rng.choice("+-*")
-    top = 99 if op == "*" else 999
+    top = 19 if small else 99 if op == "*" else 999
     return _example(rng.randint(0, top), op, rng.randint(0, top))
 
 

@@ -10,9 +10,9 @@ NAME = "comparison"
 WIDTH = 6  # every pair is written at this width, so that matching digits always stand the same distance apart
 
 
-def sample(rng: random.Random) -> Example:
-    """0..999999, digits uniform; half of the pairs share length and leading digits."""
-    return _sample(rng, low=1, high=6)
+def sample(rng: random.Random, *, small: bool = False) -> Example:
+    """0..999999, digits uniform; half of the pairs share length and leading digits; small ones 1 or 2 digits."""
+    return _sample(rng, low=1, high=2 if small else 6)
 
 
 def sample_harder(rng: random.Random) -> Example:

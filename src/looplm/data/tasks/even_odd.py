@@ -7,9 +7,9 @@ from looplm.data.tasks.example import Example
 NAME = "even_odd"
 
 
-def sample(rng: random.Random) -> Example:
-    """1 to 6 digits, the number of digits uniform."""
-    return _example(number_of_digits(rng, rng.randint(1, 6)))
+def sample(rng: random.Random, *, small: bool = False) -> Example:
+    """1 to 6 digits, the number of digits uniform; small ones 1 or 2."""
+    return _example(number_of_digits(rng, rng.randint(1, 2 if small else 6)))
 
 
 def sample_harder(rng: random.Random) -> Example:

@@ -24,8 +24,8 @@ class Task(Protocol):
 
     NAME: str
 
-    def sample(self, rng: random.Random) -> Example:
-        """One question from the task's own range."""
+    def sample(self, rng: random.Random, *, small: bool = False) -> Example:
+        """One question from the task's own range; a small one from its low end, which a uniform draw seldom visits."""
         ...
 
     def sample_harder(self, rng: random.Random) -> Example:

@@ -1,21 +1,21 @@
 """`What comes next: {x1}, {x2}, {x3}, {x4}, ?` Five kinds of sequence, all terms in 0..9999.
 
-The scratchpad takes the last two differences, writes them side by side in the question's own form, names the rule they
-show, and applies it. Side by side, a repeated difference, a ratio, and the first two terms of a sum are seen at once.
+The scratchpad names the rule and applies it. What the rule hangs on is compared in writing first: the first term with
+the third (alternating), the last two differences with each other (arithmetic), the last with the second term (a sum).
 """
 
 import random
 
 from looplm.data.tasks.example import Example
-from looplm.data.tasks.scratchpad import compute
+from looplm.data.tasks.scratchpad import align, compare, compute
 
 NAME = "pattern"
 TOP = 9999
 
 
-def sample(rng: random.Random) -> Example:
-    """One of the five kinds, uniformly."""
-    return _solve(rng.choice(KINDS)(rng, TOP))
+def sample(rng: random.Random, *, small: bool = False) -> Example:
+    """One of the five kinds, uniformly; small terms up to 999."""
+    return _solve(rng.choice(KINDS)(rng, 999 if small else TOP))
 
 
 def sample_harder(rng: random.Random) -> Example:
@@ -72,19 +72,31 @@ KINDS = (_arithmetic, _geometric, _alternating, _squares, _fibonacci)
 def _solve(terms: list[int]) -> Example:
     first, second, third, fourth, answer = terms
     question = f"What comes next: {first}, {second}, {third}, {fourth}, ?"
+    repeats = _compared(first, third)
     if first == third and second == fourth:
-        return Example(question, ("alternates", f"={answer}"), str(answer))
+        return Example(question, (*repeats, "alternates", f"={answer}"), str(answer))
     early, late = compute(third, "-", second), compute(fourth, "-", third)
-    steps = (*early.steps, *late.steps, f"{early.value}, {late.value}")
-    if (early.value, late.value) == (first, second):
-        rest = ("sum of the last two", *compute(third, "+", fourth).steps)
-    elif late.value == early.value:
+    steps = (*repeats, *early.steps, *late.steps)
+    if early.value < 0:  # of the five kinds only a falling arithmetic sequence gets here
         rest = ("same difference", *compute(fourth, "+", late.value).steps)
-    elif late.value == early.value + 2 == second - first + 4:
-        grown = compute(late.value, "+", 2)
-        rest = ("difference grows by 2", *grown.steps, *compute(fourth, "+", grown.value).steps)
+    elif (early.value, late.value) == (first, second):
+        rest = (*_compared(early.value, late.value), *_compared(second, late.value), "sum of the last two")
+        rest += compute(third, "+", fourth).steps
+    elif late.value == early.value:
+        rest = (*_compared(early.value, late.value), "same difference", *compute(fourth, "+", late.value).steps)
     else:
-        ratio = fourth // third
-        rest = (f"times {ratio}", *compute(fourth, "*", ratio).steps)
+        rest = (*_compared(early.value, late.value), *_compared(second, late.value))
+        if late.value == early.value + 2 == second - first + 4:
+            grown = compute(late.value, "+", 2)
+            rest += ("difference grows by 2", *grown.steps, *compute(fourth, "+", grown.value).steps)
+        else:
+            ratio = fourth // third
+            rest += (f"times {ratio}", *compute(fourth, "*", ratio).steps)
     assert rest[-1] == f"={answer}"
     return Example(question, steps + rest, str(answer))
+
+
+def _compared(left: int, right: int) -> tuple[str, str]:
+    """Two numbers side by side at equal width, then how they compare."""
+    a, b = align(left, right)
+    return f"{a} {b}", compare(a, b)

@@ -8,13 +8,14 @@ from looplm.data.tasks.scratchpad import compute
 NAME = "two_step"
 
 
-def sample(rng: random.Random) -> Example:
-    """Any ops of + - * with at most one *."""
+def sample(rng: random.Random, *, small: bool = False) -> Example:
+    """Any ops of + - * with at most one *; small numbers 0..19."""
+    top = 19 if small else 99
     while True:
         first, second = rng.choice("+-*"), rng.choice("+-*")
         if (first, second) != ("*", "*"):
             break
-    a, b, c = (rng.randint(0, 99) for _ in range(3))
+    a, b, c = (rng.randint(0, top) for _ in range(3))
     form = rng.randrange(3)
     text = (f"({a} {first} {b}) {second} {c}", f"{a} {first} ({b} {second} {c})", f"{a} {first} {b} {second} {c}")[form]
     right_first = form == 1 or (form == 2 and second == "*")

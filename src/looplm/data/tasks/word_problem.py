@@ -51,9 +51,9 @@ TEMPLATES: tuple[tuple[str, str], ...] = (
 )
 
 
-def sample(rng: random.Random) -> Example:
-    """One of the templates, uniformly."""
-    return _sample(rng, low=1, high=99)
+def sample(rng: random.Random, *, small: bool = False) -> Example:
+    """One of the templates, uniformly; small numbers up to 19."""
+    return _sample(rng, low=1, high=19 if small else 99)
 
 
 def sample_harder(rng: random.Random) -> Example:

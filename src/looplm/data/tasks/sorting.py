@@ -1,9 +1,10 @@
 """`Sort in ascending order: {list}` and descending.
 
 The scratchpad gives every number a letter and sorts by one digit at a time from the left: each line keeps the columns
-sorted before it and orders the next column within their groups. Sorted digits come first, then the letter, which settles
-which number is meant where several begin alike, then the digits copied after it: `list 995a 961b`, `hundreds 9a95 9b61`,
-`tens 96b1 99a5`, `units 961b 995a`. Every line has the same length, so its columns stand right under the one before.
+sorted before it and orders the next column within their groups. Sorted digits come first, then the letter, which
+settles which number is meant where several begin alike, then the digits copied after it: `list 995a 961b`,
+`hundreds 9a95 9b61`, `tens 96b1 99a5`, `units 961b 995a`. Every line has the same length, so its columns stand right
+under the one before.
 """
 
 import random

@@ -130,7 +130,7 @@ def test_eval_of_s3_writes_rows(tmp_path: Path, s3_run: Path) -> None:
         "eval", str(s3_run), "--suite", "s3", "--lengths", "3,4", "--loops", "1.5n,n/2", "--n", "5", "--json", str(path)
     )
     rows = json.loads(path.read_text())["rows"]
-    assert [(row["length"], row["loops"]) for row in rows] == [(3, 4), (3, 2), (4, 6), (4, 2)]
+    assert [(row["length"], row["loops"]) for row in rows] == [(3, 5), (3, 2), (4, 6), (4, 2)]
     assert all(0 <= row["exact"] <= 1 for row in rows)
 
 

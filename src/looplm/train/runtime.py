@@ -84,8 +84,8 @@ def choose_runtime(config: RuntimeConfig, *, trial: Callable[[Runtime], None], l
     return min(candidates, key=handicapped)
 
 
-# A probe of seconds decides a run of minutes: whatever else ran during the probe must not cost half of the machine, so one
-# thread is taken only where it is clearly faster (tiny models, cores that are busy all the time).
+# A probe of seconds decides a run of minutes: whatever else ran during the probe must not cost half of the machine, so
+# one thread is taken only where it is clearly faster (tiny models, cores that are busy all the time).
 FEWER_THREADS_HANDICAP = 1.3
 
 

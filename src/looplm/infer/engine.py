@@ -54,8 +54,9 @@ def generate(
     logits = prefill(model, prompts, lengths, plan=plan, cache=cache)
     for n_new in range(1, max_new_tokens + 1):
         chosen = sampler.choose(logits, rows=rows, contexts=[contexts[row] for row in rows])
+        still_open = set(active)
         for row, token in zip(rows, chosen, strict=True):
-            if row in active:
+            if row in still_open:
                 contexts[row].append(token)
                 if on_token is not None:
                     on_token(row, token)
@@ -64,7 +65,8 @@ def generate(
             break
         tokens = torch.tensor(chosen, device=device)
         if len(active) < SHRINK_BELOW * len(rows):
-            kept = torch.tensor([index for index, row in enumerate(rows) if row in set(active)], device=device)
+            still_open = set(active)
+            kept = torch.tensor([index for index, row in enumerate(rows) if row in still_open], device=device)
             cache.keep_rows(kept)
             tokens, lengths, rows = tokens[kept], lengths[kept], active
         longest = max(len(contexts[row]) for row in active)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 IGNORE = -100  # target of a position that is not scored
 
-# How many documents in a row may fail to fit before the batch is closed: more waste less, and drop more long documents.
-MAX_MISFITS = 16
+# Tokens drawn for a batch, as a share of the tokens it holds: what almost always fits, longest documents first. Drawing
+# more would fill the last gaps and drop short documents, which a mixture would then hold fewer of than it was asked for.
+FILL = 0.95
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,16 @@ def pack(draw: Callable[[], Document], *, n_rows: int, row_len: int, pad_id: int
     targets = np.full((n_rows, row_len), IGNORE, dtype=np.int64)
     documents = np.zeros((n_rows, row_len), dtype=np.int32)  # 0 is padding
     used = np.zeros(n_rows, dtype=np.int64)
-    n_misfits, number = 0, 0
-    while n_misfits < MAX_MISFITS:
-        document = draw()
+    drawn: list[Document] = []
+    while sum(len(document.ids) for document in drawn) < FILL * n_rows * row_len:
+        drawn.append(draw())
+    number = 0
+    for document in sorted(drawn, key=lambda document: -len(document.ids)):
         length = len(document.ids)
         fitting = np.flatnonzero(used + length <= row_len)
         if not len(fitting):
-            n_misfits += 1
             continue
-        row = fitting[0]
+        row = fitting[used[fitting].argmax()]  # the fullest row that has room
         start, end = used[row], used[row] + length
         number += 1
         ids[row, start:end] = document.ids

@@ -27,10 +27,10 @@ class ReasoningConfig(Config):
     """The reasoning suite, packed."""
 
     kind: Literal["reasoning"] = "reasoning"
-    n_rows: PositiveInt = 32
+    n_rows: PositiveInt = 24
     """Rows of a micro-batch."""
-    row_len: int = Field(default=256, ge=256)
-    """Tokens of a row; the longest worked solution has 252, so that none is left out."""
+    row_len: int = Field(default=336, ge=336)
+    """Tokens of a row; the longest worked solution has 323, so that none is left out."""
     weights: dict[str, PositiveFloat] = Field(default_factory=lambda: dict.fromkeys(REASONING, 1.0))
     """Share of each task among the documents, relative."""
     small_share: float = Field(default=0.15, ge=0, le=1)
@@ -80,19 +80,21 @@ class ReasoningSource:
 
     def batch(self, index: int) -> Batch:
         rng = random.Random(f"reasoning {self.seed} {index}")
-        tasks = [REASONING[name] for name in self.config.weights]
-        weights = list(self.config.weights.values())
+        return pack(
+            lambda: self.draw(rng), n_rows=self.config.n_rows, row_len=self.config.row_len, pad_id=PAD_ID
+        )
 
-        def draw() -> Document:
-            while True:
-                example = rng.choices(tasks, weights)[0].sample(rng, small=rng.random() < self.config.small_share)
-                if not is_test_question(example.question):
-                    break
-            prompt = self.tokenizer.encode(render_prompt(example.question)).ids
-            completion = self.tokenizer.encode(render_completion(example)).ids
-            return Document(prompt + completion, len(prompt))
-
-        return pack(draw, n_rows=self.config.n_rows, row_len=self.config.row_len, pad_id=PAD_ID)
+    def draw(self, rng: random.Random) -> Document:
+        """One training question with its worked solution."""
+        names, weights = list(self.config.weights), list(self.config.weights.values())
+        while True:
+            task = REASONING[rng.choices(names, weights)[0]]
+            example = task.sample(rng, small=rng.random() < self.config.small_share)
+            if not is_test_question(example.question):
+                break
+        prompt = self.tokenizer.encode(render_prompt(example.question)).ids
+        completion = self.tokenizer.encode(render_completion(example)).ids
+        return Document(prompt + completion, len(prompt))
 
 
 class PermutationsSource:

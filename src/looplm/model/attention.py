@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, S keys, H query heads, K head width.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,13 +44,19 @@ class GQAConfig(Config):
         return self
 
 
+# Up to this length a CPU trains faster with the scores written out than with the flash kernel, whose backward is slow
+# there (docs/log.md, 2026-11-21). The mask is added, not filled in: compiled, a fill takes three times as long.
+MAX_WRITTEN_OUT = 512
+
+
 @dataclass
 class AttentionInputs:
     """What every attention layer of one forward shares: computed once, used by all layers in all loops."""
 
-    cos: Tensor  # (1 or B, 1, T, K)
+    cos: Tensor  # (1 or B, 1, T, K/2)
     sin: Tensor
     mask: Tensor | None  # (1 or B, 1, T, S), True where a key is seen; None means plain causal over T
+    bias: Tensor | None = None  # (1 or B, 1, T, S), 0 where a key is seen, -1e30 elsewhere: scores are written out
     positions: Tensor | None = None  # (B, T), with a cache only
     n_keys: int | None = None  # keys of the cache that any row can see, with a cache only
 
@@ -70,7 +76,8 @@ def attention_inputs(
     """
     at = torch.arange(n_tokens, device=device) if positions is None else positions
     cos, sin = rope_tables(at, head_dim=config.head_dim, base=config.rope_base)
-    if positions is None and config.window is None and documents is None:
+    writes_out = torch.is_grad_enabled() and positions is None and device.type == "cpu" and n_tokens <= MAX_WRITTEN_OUT
+    if positions is None and config.window is None and documents is None and not writes_out:
         return AttentionInputs(cos, sin, None)
     key_at = torch.arange(n_tokens if n_keys is None else n_keys, device=device)
     query_at = at if at.dim() == 2 else at[None]
@@ -80,7 +87,9 @@ def attention_inputs(
         seen = seen & (distance < config.window)
     if documents is not None:
         seen = seen & (documents[:, :, None] == documents[:, None, :])
-    return AttentionInputs(cos, sin, seen[:, None], positions, n_keys)
+    mask = seen[:, None]
+    bias = torch.where(mask, 0.0, -1e30).bfloat16() if writes_out else None
+    return AttentionInputs(cos, sin, mask, bias, positions, n_keys)
 
 
 class GQA(nn.Module):
@@ -108,26 +117,36 @@ class GQA(nn.Module):
         n_groups = self.config.n_heads // self.config.n_kv_heads
         if n_groups > 1:
             k, v = k.repeat_interleave(n_groups, dim=1), v.repeat_interleave(n_groups, dim=1)
-        mixed = attend(q, k, v, mask=inputs.mask)
+        mixed = attend(q, k, v, inputs)
         return self.o(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # (B, H, T, K)
 
 
-# Up to this length a CPU trains faster with the scores written out, which compile into two batched products and one
-# fused loop, than with the flash kernel, whose backward is slow there. One attention layer, forward and backward, 8192
-# tokens, 3 heads of 64, bf16, two cores: 29 against 61 ms at T 64, 36 against 65 at 128, 46 against 55 at 224.
-MAX_WRITTEN_OUT = 256
+def attend(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v over (B, H, T, K)."""
+    if inputs.bias is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=inputs.mask, is_causal=inputs.mask is None)
+    mixed: Tensor = _WrittenOut.apply(q, k, v, inputs.bias)
+    return mixed
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v over (B, H, T, K); mask as in AttentionInputs."""
-    n_tokens, n_keys = q.shape[2], k.shape[2]
-    if not (torch.is_grad_enabled() and q.device.type == "cpu" and n_keys <= MAX_WRITTEN_OUT):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    if mask is None:
-        mask = torch.ones(n_tokens, n_keys, dtype=torch.bool, device=q.device).tril()
-    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-    weights = scores.masked_fill(~mask, -1e30).softmax(-1)
-    return weights.to(v.dtype) @ v
+class _WrittenOut(torch.autograd.Function):
+    """Attention by its scores, with the backward written out too: the gradient of k comes out in k's own layout (torch
+    2.13's compiled CPU kernels read NaN where they are handed its transpose), and only the weights are kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias
+        weights = scores.softmax(-1).to(v.dtype)  # (B, H, T, S)
+        ctx.save_for_backward(q, k, v, weights)
+        return weights @ v
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, weights = ctx.saved_tensors
+        grad_weights = grad @ v.transpose(-1, -2)
+        mean = (weights * grad_weights).sum(-1, keepdim=True)
+        grad_scores = weights * (grad_weights - mean) * q.shape[-1] ** -0.5
+        return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad, None

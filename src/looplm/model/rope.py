@@ -9,21 +9,19 @@ from torch import Tensor
 
 
 def rope_tables(positions: Tensor, *, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin for integer positions (T,) or (B, T): (1 or B, 1, T, K) each in fp32, ready for `apply_rope`: both
-    halves of a head side by side, the sine of the left half negative."""
+    """cos and sin for integer positions (T,) or (B, T): (1 or B, 1, T, K/2) each in fp32, ready for `apply_rope`."""
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions.float()[..., None] * base**-exponent  # (..., T, K/2)
     if angles.dim() == 2:
         angles = angles[None]
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    return angles.cos()[:, None], angles.sin()[:, None]
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x (B, H, T, K) by its positions; computed in fp32, returned in x's type.
 
-    Written with `roll`: the form with chunk and cat gives NaN gradients when torch 2.13 compiles it behind a batched
-    product on CPU (docs/log.md, 2026-11-21).
+    Written with `stack`: the form with chunk and cat gives NaN gradients when torch 2.13 compiles it behind a batched
+    product on CPU, and the one with roll takes twice as long (docs/log.md, 2026-11-21).
     """
-    wide = x.float()
-    return (wide * cos + wide.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
+    left, right = x.float().unflatten(-1, (2, -1)).unbind(-2)
+    return torch.stack((left * cos - right * sin, right * cos + left * sin), dim=-2).flatten(-2).to(x.dtype)

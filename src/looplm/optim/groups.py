@@ -5,9 +5,10 @@ from typing import Literal
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from looplm.config import Config
+from looplm.optim.muon import Muon
 
 
 class OptimizerConfig(Config):
@@ -57,8 +58,6 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer
                 lr=config.muon_lr,
                 momentum=config.muon_momentum,
                 weight_decay=config.weight_decay,
-                nesterov=True,
-                adjust_lr_fn="original",
             )
         )
     return optimizers

@@ -1,7 +1,8 @@
 """`What comes next: {x1}, {x2}, {x3}, {x4}, ?` Five kinds of sequence, all terms in 0..9999.
 
-The scratchpad names the rule and applies it. What the rule hangs on is compared in writing first: the first term with
-the third (alternating), the last two differences with each other (arithmetic), the last with the second term (a sum).
+The scratchpad names the rule and applies it. Whatever the rule hangs on is compared in writing first: the first term
+with the third and the second with the fourth (alternating), the differences with the terms before them (a sum of the last
+two) and with each other (arithmetic), the first term doubled, and doubled again, with the second (a ratio of 2 to 5).
 """
 
 import random
@@ -72,31 +73,51 @@ KINDS = (_arithmetic, _geometric, _alternating, _squares, _fibonacci)
 def _solve(terms: list[int]) -> Example:
     first, second, third, fourth, answer = terms
     question = f"What comes next: {first}, {second}, {third}, {fourth}, ?"
-    repeats = _compared(first, third)
-    if first == third and second == fourth:
-        return Example(question, (*repeats, "alternates", f"={answer}"), str(answer))
+    steps = _compared(first, third)
+    if first == third:
+        steps += _compared(second, fourth)
+        if second == fourth:
+            return Example(question, (*steps, "alternates", f"={answer}"), str(answer))
     early, late = compute(third, "-", second), compute(fourth, "-", third)
-    steps = (*repeats, *early.steps, *late.steps)
+    steps += early.steps + late.steps
     if early.value < 0:  # of the five kinds only a falling arithmetic sequence gets here
-        rest = ("same difference", *compute(fourth, "+", late.value).steps)
-    elif (early.value, late.value) == (first, second):
-        rest = (*_compared(early.value, late.value), *_compared(second, late.value), "sum of the last two")
-        rest += compute(third, "+", fourth).steps
-    elif late.value == early.value:
-        rest = (*_compared(early.value, late.value), "same difference", *compute(fourth, "+", late.value).steps)
+        steps += ("same difference", *compute(fourth, "+", late.value).steps)
+        return _checked(question, steps, answer)
+    steps += _compared(second, late.value)
+    if second == late.value:
+        steps += _compared(first, early.value)
+        if first == early.value:
+            steps += ("sum of the last two", *compute(third, "+", fourth).steps)
+            return _checked(question, steps, answer)
+    steps += _compared(early.value, late.value)
+    if early.value == late.value:
+        steps += ("same difference", *compute(fourth, "+", late.value).steps)
+    elif late.value == early.value + 2 == second - first + 4:
+        grown = compute(late.value, "+", 2)
+        steps += ("difference grows by 2", *grown.steps, *compute(fourth, "+", grown.value).steps)
     else:
-        rest = (*_compared(early.value, late.value), *_compared(second, late.value))
-        if late.value == early.value + 2 == second - first + 4:
-            grown = compute(late.value, "+", 2)
-            rest += ("difference grows by 2", *grown.steps, *compute(fourth, "+", grown.value).steps)
-        else:
-            ratio = fourth // third
-            rest += (f"times {ratio}", *compute(fourth, "*", ratio).steps)
-    assert rest[-1] == f"={answer}"
-    return Example(question, steps + rest, str(answer))
+        steps += _ratio_steps(first, second)
+        ratio = second // first
+        steps += (f"times {ratio}", *compute(fourth, "*", ratio).steps)
+    return _checked(question, steps, answer)
 
 
-def _compared(left: int, right: int) -> tuple[str, str]:
+def _checked(question: str, steps: tuple[str, ...], answer: int) -> Example:
+    assert steps[-1] == f"={answer}", (question, steps)
+    return Example(question, steps, str(answer))
+
+
+def _ratio_steps(first: int, second: int) -> tuple[str, ...]:
+    """Find a ratio of 2 to 5: the first term doubled, and doubled again, beside the second."""
+    double = compute(first, "+", first)
+    steps = double.steps + _compared(double.value, second)
+    if double.value == second:
+        return steps
+    fourfold = compute(double.value, "+", double.value)
+    return steps + fourfold.steps + _compared(fourfold.value, second)
+
+
+def _compared(left: int, right: int) -> tuple[str, ...]:
     """Two numbers side by side at equal width, then how they compare."""
     a, b = align(left, right)
     return f"{a} {b}", compare(a, b)

@@ -51,7 +51,8 @@ def add(left: int, right: int) -> Work:
 
 
 def subtract(left: int, right: int) -> Work:
-    """Compare first, turn the operands round if the left is smaller, then columns from the right with borrows.
+    """Compare first, turn the operands round if the left is smaller, then columns from the right with borrows: a column
+    that lends first gives its one away, `6-1=5`, and then takes its ten, `15-8=7`.
 
     Columns that the comparison found equal give zeros, and no borrow reaches them: they are left out.
     """
@@ -63,25 +64,31 @@ def subtract(left: int, right: int) -> Work:
     n_equal = steps[1].count("=")
     borrow = 0
     for x, y in zip(reversed(a[n_equal:]), reversed(b[n_equal:]), strict=True):
-        lacking = int(x) - borrow < int(y)
-        top = int(x) + 10 if lacking else int(x)
-        taken = f"{top}-{borrow}" if borrow else f"{top}"
-        steps.append(f"{taken}-{y}={top - borrow - int(y)}")
-        borrow = int(lacking)
+        top = int(x)
+        if borrow:  # in a step of its own, so that what is left is compared with y in writing
+            top = top or 10
+            steps.append(f"{top}-1={top - 1}")
+            top -= 1
+        borrow = int(int(x) - borrow < int(y))
+        top += 10 if top < int(y) else 0
+        steps.append(f"{top}-{y}={top - int(y)}")
     return _finish(steps, left - right)
 
 
 def multiply(left: int, right: int) -> Work:
-    """One row per digit of the shorter factor, then the rows added up with their shifts."""
+    """One row per digit of the shorter factor, then the rows added up with their shifts. The carry is added in a step of
+    its own, `9*8=72`, `72+7=79`: few products see a carry as rare as that 7, but every sum sees its digits."""
     a, b = (str(left), str(right)) if len(str(left)) >= len(str(right)) else (str(right), str(left))
     steps = [f"{a}*{b}"]
     total: int | None = None
     for shift, y in enumerate(reversed(b)):
         carry = 0
         for x in reversed(a):
-            product = int(x) * int(y) + carry
-            steps.append(f"{x}*{y}+{carry}={product}" if carry else f"{x}*{y}={product}")
-            carry = product // 10
+            product = int(x) * int(y)
+            steps.append(f"{x}*{y}={product}")
+            if carry:
+                steps.append(f"{product}+{carry}={product + carry}")
+            carry = (product + carry) // 10
         row = int(a) * int(y)
         steps.append(f"={row}")
         if total is None:

@@ -1,10 +1,10 @@
 """`Sort in ascending order: {list}` and descending.
 
 The scratchpad gives every number a letter and sorts by one digit at a time from the left: each line keeps the columns
-sorted before it and orders the next column within their groups, as `list 995a 961b`, `hundreds 995a 961b`,
-`tens 961b 995a`, `units 961b 995a`. The letter stands behind its number: digits stay together for copying, and what was
-copied last is known by one token where several numbers begin alike. Every line has the same length, so its columns
-stand right under the one before.
+sorted before it and orders the next column within their groups, as `list 995a961b`, `hundreds 995a961b`,
+`tens 961b995a`, `units 961b995a`. The letter stands behind its number: digits stay together for copying, what was copied
+last is known by one token where several numbers begin alike, and no space is needed. Every line has the same length, so
+its columns stand right under the one before.
 """
 
 import random
@@ -46,4 +46,4 @@ def _sorted_by(items: list[tuple[str, str]], n_digits: int, *, reverse: bool) ->
 
 def _line(name: str, items: list[tuple[str, str]]) -> str:
     """One line of the scratchpad."""
-    return " ".join([name, *(digits + letter for digits, letter in items)])
+    return f"{name} " + "".join(digits + letter for digits, letter in items)

@@ -1,0 +1,46 @@
+"""Muon against torch.optim's."""
+
+import pytest
+import torch
+from torch import nn
+
+from looplm.optim.muon import Muon, orthogonalize
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_steps_are_those_of_torch(weight_decay: float) -> None:
+    shapes = [(16, 16), (24, 16), (16, 16), (16, 40)]
+    start = [torch.randn(shape) for shape in shapes]
+    ours, theirs = ([nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
+    optimizers = (
+        Muon(ours, lr=0.02, weight_decay=weight_decay),
+        torch.optim.Muon(theirs, lr=0.02, weight_decay=weight_decay, nesterov=True, adjust_lr_fn="original"),
+    )
+    for _ in range(5):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, other, first in zip(ours, theirs, start, strict=True):
+        assert (mine - first).norm() > 0.1
+        # the iteration runs in bf16, and a batched product rounds in another order than a single one
+        assert (mine - other).norm() < 0.02 * (other - first).norm()
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 20, 8), (2, 8, 20)])
+def test_singular_values_come_out_near_one(shape: tuple[int, int, int]) -> None:
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+
+
+def test_a_matrix_without_gradient_stays_and_a_vector_is_refused() -> None:
+    still, moving = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
+    before = still.detach().clone()
+    optimizer = Muon([still, moving], lr=0.1)
+    moving.grad = torch.randn(4, 4)
+    optimizer.step()
+    assert torch.equal(still, before)
+    with pytest.raises(ValueError, match="takes matrices"):
+        Muon([nn.Parameter(torch.randn(4))], lr=0.1)

@@ -39,12 +39,31 @@ VARIANTS: dict[str, list[str]] = {
     "add": ["inject.kind=add"],
     "gate": ["inject.kind=gate"],
     "diagonal": ["inject={kind: diagonal, output_map: true}"],
-    "qk-norm": ["block.attention.qk_norm=true"],
+    "qk-norm": ["block.attention.qk_norm=before_rope"],
     "window": ["block.attention.window=3"],
     "relu2": ["block.ffn={kind: relu2, d_ff: 24}"],
     "low-rank": ["block.linear={kind: low_rank, rank: 4}"],
-    "smear": ["smear=2"],
+    "smear": ["smear={kind: channel, n_back: 2}"],
     "untied": ["tied_head=false", "n_outputs=11"],
+    "fused": ["block.attention.fused_qkv=true"],
+    "qk-norm-after": ["block.attention={qk_norm: after_rope, qk_gain: 1.2, n_heads: 2, n_kv_heads: 1, head_dim: 8}"],
+    "interleaved-ntk": ["block.attention.rope={pairing: interleaved, ntk_factor: 2, base: 100}"],
+    "windows": ["block.attention.window=3", "block.attention.window_pattern=SL"],
+    "value-embed": ["block.attention.value_embed={n_channels: 4}"],
+    "mla": ["block.attention={kind: mla, n_heads: 2, q_rank: 8, kv_rank: 6, nope_dim: 4, rope_dim: 4, v_dim: 6}"],
+    "moe": ["core_ffn={kind: moe, n_experts: 4, d_ff: 8, top_k: 2, n_shared: 1, has_bias: true}"],
+    "moe-loops": ["core_ffn={kind: moe, n_experts: 4, d_ff: 8, top_k: 2, gate: sigmoid, renormalise: false, n_loop_embeds: 3}"],
+    "parallel": ["block.ffn={kind: parallel, d_ff: 16, moe: {n_experts: 4, d_ff: 8, top_k: 1}}"],
+    "hra": ["block.linear={kind: hra, rank: 4}"],
+    "weightless": ["block.norm_weight=false", "embed_norm=true"],
+    "scales": ["block.stream_scales=true", "backout=true"],
+    "gate-smear": ["smear={kind: gate, n_channels: 6}"],
+    "softcap": ["softcap=3", "vocab_multiple=16"],
+    "adapter": ["adapter={rank: 2, n_loops: 2}", "loop_norm=true"],
+    "loop-lora": ["loop_lora={rank: 2, n_loops: 2, max_scale: 0.3}"],
+    "lti": ["inject.kind=lti"],
+    "lti-act": ["inject={kind: lti, loop_embed: raw, bounded_decay: false}", "exit={kind: act, renormalise: false}"],
+    "act": ["inject.kind=add", "exit={kind: act, ponder_cost: 0.01, threshold: 0.7}"],
     "core-only": ["n_prelude=0", "n_coda=0", "inject.kind=diagonal"],
 }
 
@@ -58,8 +77,9 @@ def make_model() -> Callable[..., LoopedLM]:
     def make(*overrides: str, seed: int = 0) -> LoopedLM:
         torch.manual_seed(seed)
         model = LoopedLM(tiny_config(*overrides))
-        if model.smear is not None:
-            torch.nn.init.normal_(model.smear.weight)  # it starts as the identity, which would test nothing
+        for name, parameter in model.named_parameters():
+            if parameter.count_nonzero() == 0:  # parts that start as the identity would test nothing
+                torch.nn.init.normal_(parameter, std=0.5 if "norm" not in name else 0.1)
         return model.eval()
 
     return make

@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from looplm.checkpoint import load as load
+    from looplm.hf.convert import load_foreign as load_foreign
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "load_foreign"]
 
 
 def __getattr__(name: str) -> Any:
@@ -15,4 +16,8 @@ def __getattr__(name: str) -> Any:
         from looplm.checkpoint import load
 
         return load
+    if name == "load_foreign":
+        from looplm.hf.convert import load_foreign
+
+        return load_foreign
     raise AttributeError(f"module 'looplm' has no attribute {name!r}")

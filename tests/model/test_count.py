@@ -44,8 +44,9 @@ def test_flops_match_what_torch_counts() -> None:
     assert counter.get_total_flops() / 32 == pytest.approx(ours)
 
 
-def test_active_parameters_count_the_core_once_per_loop() -> None:
+def test_unrolled_parameters_count_the_core_once_per_loop() -> None:
     config = tiny_config()
     once, thrice = count(config, n_loops=1), count(config, n_loops=3)
-    assert once.active == once.parameters
-    assert thrice.active == once.parameters + 2 * once.core
+    assert once.active == once.unrolled == once.parameters
+    assert thrice.active == once.parameters
+    assert thrice.unrolled == once.parameters + 2 * once.core

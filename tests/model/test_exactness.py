@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from looplm.errors import ConfigError, DataError
-from looplm.model.attention import attention_inputs
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import LoopedLM, run_layers
 
@@ -20,7 +19,7 @@ def cached_logits(model: LoopedLM, ids: Tensor, *, n_loops: int, chunks: list[in
     n_rows, n_tokens = ids.shape
     assert sum(chunks) == n_tokens
     cache = model.new_cache(batch_size=n_rows, capacity=n_tokens + 3, n_loops=n_loops)
-    parts, start, n_back = [], 0, model.config.smear
+    parts, start, n_back = [], 0, model.n_back
     for length in chunks:
         positions = torch.arange(start, start + length).expand(n_rows, length)
         before = torch.cat([torch.full((n_rows, n_back), -1), ids[:, :start]], dim=1)[:, start : start + n_back]
@@ -97,12 +96,12 @@ def test_truncated_gradient_equals_that_of_the_last_loops_alone(make_model: Call
         model(IDS, plan=plan).logits.square().sum().backward()
         return model.core[0].attention.q.weight.grad.clone()
 
-    inputs = attention_inputs(model.config.block.attention, n_tokens=12, device=IDS.device)
+    inputs = model.inputs(IDS)
     with torch.no_grad():
         state = model.run_core(model.embed(IDS), plan=LoopPlan(3), inputs=inputs)
     entry = model.embed(IDS)
     model.zero_grad()
-    x = run_layers(model.core, model.inject(state, entry), inputs=inputs, slots=None)
+    x = run_layers(model.core, model.inject.enter(state, entry, loop_idx=3), inputs=inputs, slots=None)
     model.head(model.norm(x)).square().sum().backward()
     by_hand = model.core[0].attention.q.weight.grad.clone()
     assert by_hand.abs().sum() > 0

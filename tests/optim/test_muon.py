@@ -35,6 +35,17 @@ def test_singular_values_come_out_near_one(shape: tuple[int, int, int]) -> None:
     assert values.max() < 1.3
 
 
+def test_a_stack_is_stepped_as_its_matrices() -> None:
+    start = torch.randn(3, 12, 8)
+    stack, singles = nn.Parameter(start.clone()), [nn.Parameter(matrix.clone()) for matrix in start]
+    stack.grad = torch.randn(3, 12, 8)
+    for single, gradient in zip(singles, stack.grad, strict=True):
+        single.grad = gradient.clone()
+    Muon([stack], lr=0.1).step()
+    Muon(singles, lr=0.1).step()
+    torch.testing.assert_close(stack.detach(), torch.stack([single.detach() for single in singles]))
+
+
 def test_a_matrix_without_gradient_stays_and_a_vector_is_refused() -> None:
     still, moving = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
     before = still.detach().clone()

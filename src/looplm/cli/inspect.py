@@ -36,9 +36,11 @@ def count(
         return
     first = counts[0]
     typer.echo(f"{model}: {first.parameters:,} parameters ({first.embedding:,} embedding, {first.core:,} in the loop)")
-    table = Table("n_loops", "active parameters", "FLOPs/token", "training FLOPs/token", "fp32 KV bytes/token")
+    if first.active < first.parameters:
+        typer.echo(f"{first.active:,} active: a token is sent to some experts only")
+    table = Table("n_loops", "unrolled parameters", "FLOPs/token", "training FLOPs/token", "fp32 KV bytes/token")
     for each in counts:
-        numbers = (each.active, each.flops_per_token, each.training_flops_per_token, each.kv_bytes_per_token)
+        numbers = (each.unrolled, each.flops_per_token, each.training_flops_per_token, 4 * each.kv_numbers_per_token)
         table.add_row(str(each.n_loops), *(f"{number:,}" for number in numbers))
     Console().print(table)
     typer.echo(

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from looplm.cli import evaluate, inspect, talk, train
+from looplm.cli import convert, evaluate, inspect, talk, train
 from looplm.errors import LooplmError
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app.command("chat")(talk.chat)
 app.command("generate")(talk.generate)
 app.command("count")(inspect.count)
 app.command("config")(inspect.config)
+app.command("import")(convert.import_)
+app.command("export")(convert.export)
 app.command("demo")(evaluate.demo)
 
 

@@ -159,8 +159,8 @@ def _check_lengths(reasoner: Reasoner, questions: Sequence[Question]) -> int:
 def _batch_size(reasoner: Reasoner, *, n_loops: int, n_tokens: int) -> int:
     """Rows whose cache stays within CACHE_BYTES."""
     model = reasoner.model
-    attention = model.config.block.attention
-    per_token = model.n_slots(n_loops) * 2 * attention.n_kv_heads * attention.head_dim * model.embed.weight.itemsize
+    width = sum(heads * width for heads, width in model.config.block.attention.slot_shapes)
+    per_token = model.n_slots(n_loops) * width * model.embed.weight.itemsize
     return max(1, min(MAX_BATCH, CACHE_BYTES // (per_token * min(n_tokens, model.config.seq_len))))
 
 

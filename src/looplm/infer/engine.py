@@ -70,13 +70,13 @@ def generate(
             cache.keep_rows(kept)
             tokens, lengths, rows = tokens[kept], lengths[kept], active
         longest = max(len(contexts[row]) for row in active)
-        before = previous_ids([contexts[row][:-1] for row in rows], n_back=model.config.smear).to(device)
+        before = previous_ids([contexts[row][:-1] for row in rows], n_back=model.n_back).to(device)
         # finished rows that still sit in the batch write over their last place: harmless, nobody reads them
         positions = lengths.clamp(max=capacity - 1)[:, None]
         hidden = model.hidden(
             tokens[:, None], plan=plan, cache=cache, positions=positions, n_keys=longest, before=before
         )
-        logits = model.head(hidden[:, -1]).float()
+        logits = next_token_logits(model, hidden[:, -1])
         lengths = lengths + 1
     return [_generation(contexts[row][len(prompts[row]) :], eos_id) for row in range(len(prompts))]
 
@@ -96,7 +96,12 @@ def prefill(
     device = lengths.device
     positions = torch.arange(longest, device=device).expand(n_rows, longest)
     hidden = model.hidden(ids.to(device), plan=plan, cache=cache, positions=positions, n_keys=longest)
-    return model.head(hidden[torch.arange(n_rows, device=device), lengths - 1]).float()
+    return next_token_logits(model, hidden[torch.arange(n_rows, device=device), lengths - 1])
+
+
+def next_token_logits(model: LoopedLM, hidden: Tensor) -> Tensor:
+    """Logits (B, n_targets) for hidden states (B, D): of the ids that may be sampled."""
+    return model.logits(hidden)[:, : model.config.n_targets]
 
 
 def previous_ids(contexts: Sequence[Sequence[int]], *, n_back: int) -> Tensor:

@@ -1,21 +1,30 @@
-"""Grouped-query attention (Ainslie et al. 2023) with RoPE, optional QK-norm and an optional sliding window.
+"""Grouped-query attention (Ainslie et al. 2023) with RoPE, optional QK-norm, windows and value embeddings.
 
 Shapes: B batch, T tokens, S keys, H query heads, K head width.
 """
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from looplm.config import Config
 from looplm.model.cache import Slot
-from looplm.model.linear import FullConfig, LowRankConfig, make_linear
+from looplm.model.layer_inputs import LayerInputs, Mask, Place
+from looplm.model.linear import LinearConfig, make_linear
 from looplm.model.norm import RMSNorm
-from looplm.model.rope import apply_rope, rope_tables
+from looplm.model.rope import RopeConfig, apply_rope
+
+
+class ValueEmbedConfig(Config):
+    """A table of values by token id, mixed into the values of every second layer, the last one always (nanochat)."""
+
+    n_channels: PositiveInt = 12
+    """Channels of the layer's input that the gate reads."""
+    scale: PositiveFloat = 3.0
+    """Largest share of a table row that is added."""
 
 
 class GQAConfig(Config):
@@ -28,12 +37,20 @@ class GQAConfig(Config):
     """Key/value heads; divides n_heads."""
     head_dim: PositiveInt
     """Width of one head, even (RoPE turns pairs of channels)."""
-    qk_norm: bool = False
-    """RMS-normalise queries and keys per head, before RoPE."""
+    fused_qkv: bool = False
+    """Store the three projections as one matrix."""
+    qk_norm: Literal["none", "before_rope", "after_rope"] = "none"
+    """RMS-normalise queries and keys per head."""
+    qk_gain: PositiveFloat = 1.0
+    """Queries and keys are multiplied by this after the norm."""
     window: PositiveInt | None = None
-    """Each token sees itself and the window - 1 tokens before it; null for all of them."""
-    rope_base: PositiveFloat = 10000.0
-    """RoPE base wavelength in tokens."""
+    """Tokens a windowed layer sees, itself included; null for all of them."""
+    window_pattern: str = Field(default="S", pattern="^[SL]+$")
+    """S for a windowed layer, L for one that sees all; repeated over the layers, the last one L if any is."""
+    value_embed: ValueEmbedConfig | None = None
+    """Values by token id; null for none."""
+    rope: RopeConfig = RopeConfig()
+    """Positions."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "GQAConfig":
@@ -41,75 +58,83 @@ class GQAConfig(Config):
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; RoPE needs an even width")
+        if "L" in self.window_pattern and self.window is None:
+            raise ValueError(f"window_pattern {self.window_pattern!r} needs a window")
         return self
 
+    @property
+    def rope_dim(self) -> int:
+        """Channels that turn."""
+        return self.head_dim
 
-# Up to this length a CPU trains faster with the scores written out than with the flash kernel, whose backward is slow
-# there (docs/log.md, 2026-11-21). The mask is added, not filled in: compiled, a fill takes three times as long.
-MAX_WRITTEN_OUT = 512
+    @property
+    def slot_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(heads, width) of the two tensors a cache slot keeps per token."""
+        return (self.n_kv_heads, self.head_dim), (self.n_kv_heads, self.head_dim)
+
+    @property
+    def score_width(self) -> int:
+        """Multiply-adds per query and key for scores and values, all heads."""
+        return 2 * self.n_heads * self.head_dim
+
+    def window_at(self, layer_idx: int, n_layers: int) -> int | None:
+        """The window of one layer."""
+        is_last = layer_idx == n_layers - 1
+        letter = self.window_pattern[layer_idx % len(self.window_pattern)]
+        return None if letter == "L" or (is_last and "L" in self.window_pattern) else self.window
 
 
-@dataclass
-class AttentionInputs:
-    """What every attention layer of one forward shares: computed once, used by all layers in all loops."""
+class ValueEmbed(nn.Module):
+    """scale * sigmoid(gate(x[:n_channels])) per head times a table row per token, (B, H_kv, T, K)."""
 
-    cos: Tensor  # (1 or B, 1, T, K/2)
-    sin: Tensor
-    mask: Tensor | None  # (1 or B, 1, T, S), True where a key is seen; None means plain causal over T
-    bias: Tensor | None = None  # (1 or B, 1, T, S), 0 where a key is seen, -1e30 elsewhere: scores are written out
-    positions: Tensor | None = None  # (B, T), with a cache only
-    n_keys: int | None = None  # keys of the cache that any row can see, with a cache only
+    def __init__(self, config: ValueEmbedConfig, *, n_heads: int, head_dim: int, n_embeddings: int) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = head_dim
+        self.table = nn.Embedding(n_embeddings, n_heads * head_dim)
+        self.gate = nn.Linear(config.n_channels, n_heads, bias=False)
 
-
-def attention_inputs(
-    config: GQAConfig,
-    *,
-    n_tokens: int,
-    device: torch.device,
-    positions: Tensor | None = None,
-    n_keys: int | None = None,
-    documents: Tensor | None = None,
-) -> AttentionInputs:
-    """Tables and mask for a full forward (positions None) or for tokens at `positions` (B, T) of a cache.
-
-    `documents` (B, T), full forward only, numbers the documents packed in a row: a token sees its own document only.
-    """
-    at = torch.arange(n_tokens, device=device) if positions is None else positions
-    cos, sin = rope_tables(at, head_dim=config.head_dim, base=config.rope_base)
-    writes_out = torch.is_grad_enabled() and positions is None and device.type == "cpu" and n_tokens <= MAX_WRITTEN_OUT
-    if positions is None and config.window is None and documents is None and not writes_out:
-        return AttentionInputs(cos, sin, None)
-    key_at = torch.arange(n_tokens if n_keys is None else n_keys, device=device)
-    query_at = at if at.dim() == 2 else at[None]
-    distance = query_at[:, :, None] - key_at[None, None, :]  # (B, T, S)
-    seen = distance >= 0
-    if config.window is not None:
-        seen = seen & (distance < config.window)
-    if documents is not None:
-        seen = seen & (documents[:, :, None] == documents[:, None, :])
-    mask = seen[:, None]
-    bias = torch.where(mask, 0.0, -1e30).bfloat16() if writes_out else None
-    return AttentionInputs(cos, sin, mask, bias, positions, n_keys)
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        gate = self.config.scale * self.gate(x[..., : self.config.n_channels]).sigmoid()  # (B, T, H_kv)
+        rows = self.table(ids).to(x.dtype).unflatten(-1, (-1, self.head_dim))  # (B, T, H_kv, K)
+        return (gate[..., None] * rows).transpose(1, 2)
 
 
 class GQA(nn.Module):
     """(B, T, D) to (B, T, D); with a slot, keys and values are stored and read there."""
 
-    def __init__(self, d_model: int, config: GQAConfig, linear: FullConfig | LowRankConfig, *, norm_eps: float) -> None:
+    def __init__(
+        self, d_model: int, config: GQAConfig, linear: LinearConfig, *, norm_eps: float, norm_weight: bool, place: Place
+    ) -> None:
         super().__init__()
         self.config = config
-        d_query, d_key = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q = make_linear(linear, d_model, d_query)
-        self.k = make_linear(linear, d_model, d_key)
-        self.v = make_linear(linear, d_model, d_key)
-        self.o = make_linear(linear, d_query, d_model)
-        self.q_norm = RMSNorm(config.head_dim, eps=norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, eps=norm_eps) if config.qk_norm else nn.Identity()
+        self.window = config.window_at(place.layer_idx, place.n_layers)
+        self.widths = [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
+        if config.fused_qkv:
+            self.qkv = make_linear(linear, d_model, sum(self.widths))
+        else:
+            self.q, self.k, self.v = (make_linear(linear, d_model, width) for width in self.widths)
+        self.o = make_linear(linear, self.widths[0], d_model)
+        has_norm = config.qk_norm != "none"
+        norms = (RMSNorm(config.head_dim, eps=norm_eps, has_weight=norm_weight) for _ in range(2))
+        self.q_norm, self.k_norm = norms if has_norm else (nn.Identity(), nn.Identity())
+        has_values = config.value_embed is not None and place.layer_idx % 2 == (place.n_layers - 1) % 2
+        self.value_embed = None
+        if has_values:
+            assert config.value_embed is not None
+            self.value_embed = ValueEmbed(
+                config.value_embed,
+                n_heads=config.n_kv_heads,
+                head_dim=config.head_dim,
+                n_embeddings=place.n_embeddings,
+            )
 
-    def forward(self, x: Tensor, inputs: AttentionInputs, slot: Slot | None = None) -> Tensor:
-        q = apply_rope(self.q_norm(self._heads(self.q(x))), inputs.cos, inputs.sin)  # (B, H, T, K)
-        k = apply_rope(self.k_norm(self._heads(self.k(x))), inputs.cos, inputs.sin)  # (B, H_kv, T, K)
-        v = self._heads(self.v(x))
+    def forward(self, x: Tensor, inputs: LayerInputs, slot: Slot | None = None) -> Tensor:
+        q, k, v = self.qkv(x).split(self.widths, dim=-1) if self.config.fused_qkv else (self.q(x), self.k(x), self.v(x))
+        q, k = self._turned(q, self.q_norm, inputs), self._turned(k, self.k_norm, inputs)  # (B, H, T, K)
+        v = self._heads(v)
+        if self.value_embed is not None:
+            v = v + self.value_embed(x, inputs.ids)
         if slot is not None:
             assert inputs.positions is not None
             slot.write(k, v, inputs.positions)
@@ -117,18 +142,29 @@ class GQA(nn.Module):
         n_groups = self.config.n_heads // self.config.n_kv_heads
         if n_groups > 1:
             k, v = k.repeat_interleave(n_groups, dim=1), v.repeat_interleave(n_groups, dim=1)
-        mixed = attend(q, k, v, inputs)
+        mixed = attend(q, k, v, inputs.masks[self.window])
         return self.o(mixed.transpose(1, 2).flatten(2))
+
+    def _turned(self, x: Tensor, norm: nn.Module, inputs: LayerInputs) -> Tensor:
+        """Queries or keys by head, normalised and turned by their positions."""
+        heads, pairing = self._heads(x), self.config.rope.pairing
+        if self.config.qk_norm == "after_rope":
+            heads = norm(apply_rope(heads, inputs.cos, inputs.sin, pairing=pairing))
+        else:
+            heads = apply_rope(norm(heads), inputs.cos, inputs.sin, pairing=pairing)
+        return heads if self.config.qk_gain == 1 else heads * self.config.qk_gain
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # (B, H, T, K)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v over (B, H, T, K)."""
-    if inputs.bias is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=inputs.mask, is_causal=inputs.mask is None)
-    mixed: Tensor = _WrittenOut.apply(q, k, v, inputs.bias)
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float | None = None) -> Tensor:
+    """softmax(q k^T * scale) v over (B, H, T, K); scale is 1 / sqrt(K) unless given."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if mask.bias is None:
+        is_causal = mask.seen is None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.seen, is_causal=is_causal, scale=scale)
+    mixed: Tensor = _WrittenOut.apply(q, k, v, mask.bias, scale)
     return mixed
 
 
@@ -137,16 +173,17 @@ class _WrittenOut(torch.autograd.Function):
     2.13's compiled CPU kernels read NaN where they are handed its transpose), and only the weights are kept for it."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+        scores = q @ k.transpose(-1, -2) * scale + bias
         weights = scores.softmax(-1).to(v.dtype)  # (B, H, T, S)
         ctx.save_for_backward(q, k, v, weights)
+        ctx.scale = scale
         return weights @ v
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, weights = ctx.saved_tensors
         grad_weights = grad @ v.transpose(-1, -2)
         mean = (weights * grad_weights).sum(-1, keepdim=True)
-        grad_scores = weights * (grad_weights - mean) * q.shape[-1] ** -0.5
-        return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad, None
+        grad_scores = weights * (grad_weights - mean) * ctx.scale
+        return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad, None, None

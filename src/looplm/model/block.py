@@ -1,20 +1,39 @@
-"""One transformer layer: x + attention(norm(x)), then x + ffn(norm(x))."""
+"""One transformer layer: entry parts, then x + attention(norm(x)), then x + ffn(norm(x))."""
 
-from pydantic import PositiveFloat
+from typing import Annotated, TypedDict
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from looplm.config import Config
-from looplm.model.attention import GQA, AttentionInputs, GQAConfig
+from looplm.model.attention import GQA, GQAConfig
 from looplm.model.cache import Slot
-from looplm.model.ffn import FFNConfig, make_ffn
-from looplm.model.linear import FullConfig, LinearConfig
+from looplm.model.ffn import FFNConfig, ParallelConfig, make_ffn
+from looplm.model.layer_inputs import LayerInputs, Place
+from looplm.model.linear import FullConfig, LinearConfig, LowRankConfig
+from looplm.model.mla import MLA, MLAConfig
+from looplm.model.moe import MoEConfig
 from looplm.model.norm import RMSNorm
+
+AttentionConfig = Annotated[GQAConfig | MLAConfig, Field(discriminator="kind")]
+
+
+class AdapterConfig(Config):
+    """x + scale * (x a) b before the layer, with a pair (a, b) of its own for every loop (Nano-OSRT)."""
+
+    rank: PositiveInt
+    """Inner width."""
+    scale: PositiveFloat = 1.0
+    """Factor of the product."""
+    n_loops: PositiveInt
+    """Loops with a pair of their own; later ones use the last."""
 
 
 class BlockConfig(Config):
     """The parts of a layer. All layers of a model share one BlockConfig."""
 
-    attention: GQAConfig
+    attention: AttentionConfig
     """Token mixing."""
     ffn: FFNConfig
     """Channel mixing."""
@@ -22,18 +41,83 @@ class BlockConfig(Config):
     """How the projections of attention and ffn are stored."""
     norm_eps: PositiveFloat = 1e-6
     """Added under the root of every RMSNorm."""
+    norm_weight: bool = True
+    """Learn a weight per channel in every RMSNorm."""
+    stream_scales: bool = False
+    """Each layer takes a * x + b * x0, a and b learned, x0 the stream before the first layer (nanochat)."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> "BlockConfig":
+        if isinstance(self.linear, LowRankConfig) and isinstance(self.ffn, MoEConfig | ParallelConfig):
+            raise ValueError("experts are stored as full matrices: low_rank linears and a moe do not go together")
+        return self
+
+
+class StreamScales(nn.Module):
+    """a * x + b * x0 (nanochat: resid_lambdas and x0_lambdas)."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        depth = place.layer_idx / max(1, place.n_layers - 1)
+        self.stream = nn.Parameter(torch.tensor(1.15 - 0.10 * depth))
+        self.first = nn.Parameter(torch.tensor(0.20 - 0.15 * depth))
+
+    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        assert inputs.first is not None
+        return self.stream * x + self.first * inputs.first
+
+
+class ResidualAdapter(nn.Module):
+    """x + scale * (x a[loop]) b[loop]; b starts at zero."""
+
+    def __init__(self, d_model: int, config: AdapterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.a = nn.Parameter(torch.empty(config.n_loops, d_model, config.rank))
+        self.b = nn.Parameter(torch.empty(config.n_loops, config.rank, d_model))
+
+    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        loop_idx = inputs.loop_idx.clamp(max=self.config.n_loops - 1)
+        return x + self.config.scale * ((x @ self.a[loop_idx]) @ self.b[loop_idx])
+
+
+class NormOptions(TypedDict):
+    """How every norm of a layer is made."""
+
+    norm_eps: float
+    norm_weight: bool
 
 
 class Block(nn.Module):
     """Pre-norm residual layer, (B, T, D) to (B, T, D)."""
 
-    def __init__(self, d_model: int, config: BlockConfig) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        config: BlockConfig,
+        *,
+        place: Place,
+        ffn: FFNConfig | None = None,
+        adapter: AdapterConfig | None = None,
+    ) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(d_model, eps=config.norm_eps)
-        self.attention = GQA(d_model, config.attention, config.linear, norm_eps=config.norm_eps)
-        self.ffn_norm = RMSNorm(d_model, eps=config.norm_eps)
-        self.ffn = make_ffn(d_model, config.ffn, config.linear)
+        self.place = place
+        norms: NormOptions = {"norm_eps": config.norm_eps, "norm_weight": config.norm_weight}
+        self.entry = nn.ModuleList()
+        if config.stream_scales:
+            self.entry.append(StreamScales(place))
+        if adapter is not None:
+            self.entry.append(ResidualAdapter(d_model, adapter))
+        self.attention_norm = RMSNorm(d_model, eps=config.norm_eps, has_weight=config.norm_weight)
+        self.attention: GQA | MLA
+        if isinstance(config.attention, MLAConfig):
+            self.attention = MLA(d_model, config.attention, config.linear, place=place, **norms)
+        else:
+            self.attention = GQA(d_model, config.attention, config.linear, place=place, **norms)
+        self.ffn_norm, self.ffn = make_ffn(d_model, ffn or config.ffn, config.linear, **norms)
 
-    def forward(self, x: Tensor, inputs: AttentionInputs, slot: Slot | None = None) -> Tensor:
+    def forward(self, x: Tensor, inputs: LayerInputs, slot: Slot | None = None) -> Tensor:
+        for part in self.entry:
+            x = part(x, inputs)
         x = x + self.attention(self.attention_norm(x), inputs, slot)
-        return x + self.ffn(self.ffn_norm(x))
+        return x + self.ffn(self.ffn_norm(x), inputs)

@@ -12,38 +12,38 @@ from torch import Tensor
 
 @dataclass
 class Slot:
-    """Keys and values of one layer in one loop: (B, H_kv, T_max, K) each."""
+    """What one layer keeps in one loop, two tensors (B, heads, T_max, width): keys and values, or for latent attention
+    the latents and the shared keys."""
 
     keys: Tensor
     values: Tensor
 
     def write(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Store (B, H_kv, T, K) at positions (B, T), in place."""
-        index = positions[:, None, :, None].expand(keys.shape)
-        self.keys.scatter_(2, index, keys.to(self.keys.dtype))
-        self.values.scatter_(2, index, values.to(self.values.dtype))
+        index = positions[:, None, :, None]
+        self.keys.scatter_(2, index.expand(keys.shape), keys.to(self.keys.dtype))
+        self.values.scatter_(2, index.expand(values.shape), values.to(self.values.dtype))
 
 
 class KVCache:
-    """All slots of one batch. `n_slots` is `LoopedLM.n_slots(n_loops)`."""
+    """All slots of one batch. `n_slots` is `LoopedLM.n_slots(n_loops)`, `shapes` the attention's `slot_shapes`."""
 
     def __init__(
         self,
         *,
         n_slots: int,
         batch_size: int,
-        n_kv_heads: int,
         capacity: int,
-        head_dim: int,
+        shapes: tuple[tuple[int, int], tuple[int, int]],
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (batch_size, n_kv_heads, capacity, head_dim)
         self.capacity = capacity
-        self.slots = [
-            Slot(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-            for _ in range(n_slots)
-        ]
+
+        def empty(heads: int, width: int) -> Tensor:
+            return torch.zeros(batch_size, heads, capacity, width, dtype=dtype, device=device)
+
+        self.slots = [Slot(*(empty(*shape) for shape in shapes)) for _ in range(n_slots)]
 
     def keep_rows(self, rows: Tensor) -> None:
         """Keep only these rows of the batch: finished sequences stop costing anything."""

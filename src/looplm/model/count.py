@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from looplm.model.block import ResidualAdapter
 from looplm.model.looped import LoopedLM, ModelConfig
+from looplm.model.moe import MoE
 
 
 @dataclass(frozen=True)
@@ -19,14 +21,16 @@ class Count:
     core: int
     """Those inside the loop."""
     active: int
-    """Parameters applied per token, the core once per loop: what a plain stack of the same compute would store."""
+    """Numbers one token uses: all but the experts it is not sent to."""
+    unrolled: int
+    """Active ones with the core once per loop: what a plain stack of the same compute would store."""
     n_loops: int
     flops_per_token: int
     """Forward FLOPs per token at a context of seq_len / 2, the mean of a full causal sequence."""
     training_flops_per_token: int
     """Forward and backward with gradient through every loop: three times the forward."""
-    kv_bytes_per_token: int
-    """fp32 cache bytes per token over all slots."""
+    kv_numbers_per_token: int
+    """Numbers a cache keeps per token, over all slots."""
 
 
 def count(config: ModelConfig, *, n_loops: int | None = None) -> Count:
@@ -34,25 +38,50 @@ def count(config: ModelConfig, *, n_loops: int | None = None) -> Count:
     with torch.device("meta"):
         model = LoopedLM(config)
     loops = config.n_loops if n_loops is None else n_loops
-    core = _size(model.core)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    head = model.head.weight.numel()
-    embedding = model.embed.weight.numel() + (0 if config.tied_head else head)
-    attention = config.block.attention
-    context = config.seq_len / 2 if attention.window is None else min(attention.window, config.seq_len / 2)
-    n_applications = model.n_slots(loops)
-    # 2 FLOPs per multiply-add: every matrix once per token per application, scores and values 2 * 2 * H * K * context
-    matrices = _matrix_size(model.prelude) + loops * _matrix_size(model.core) + _matrix_size(model.coda)
-    matrices += _matrix_size(model.inject) + head
-    scores = 4 * attention.n_heads * attention.head_dim * context * n_applications
-    flops = round(2 * matrices + scores)
-    kv_bytes = 4 * 2 * attention.n_kv_heads * attention.head_dim * n_applications
-    return Count(total, embedding, core, total + (loops - 1) * core, loops, flops, 3 * flops, kv_bytes)
+    total = _size(model)
+    idle, idle_core = _idle(model), _idle(model.core)
+    core = _size(model.core) - idle_core
+    active = total - idle
+    embedding = model.embed.weight.numel() + (0 if config.tied_head else model.head.weight.numel())
+    attention, n_layers = config.block.attention, config.n_layers
+    # 2 FLOPs per multiply-add: every matrix once per token per application, scores and values over the mean context
+    matrices = _matrices(model.prelude) + loops * (_matrices(model.core) + _matrices(model.loop_lora))
+    matrices += _matrices(model.coda) + _matrices(model.inject) + loops * _matrices(model.exit) + model.head.weight.numel()
+    contexts = [_context(config, layer_idx) for layer_idx in range(n_layers)]
+    core_at = slice(config.n_prelude, config.n_prelude + config.n_core)
+    seen = sum(contexts) + (loops - 1) * sum(contexts[core_at])
+    flops = round(2 * matrices + 2 * attention.score_width * seen)
+    kv = model.n_slots(loops) * sum(heads * width for heads, width in attention.slot_shapes)
+    return Count(total, embedding, _size(model.core), active, active + (loops - 1) * core, loops, flops, 3 * flops, kv)
+
+
+def _context(config: ModelConfig, layer_idx: int) -> float:
+    """Keys a query sees in one layer, the mean over a full sequence."""
+    window = config.block.attention.window_at(layer_idx, config.n_layers)
+    return config.seq_len / 2 if window is None else min(window, config.seq_len / 2)
 
 
 def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _matrix_size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() == 2)
+def _idle(module: nn.Module) -> int:
+    """Parameters of the experts that a token is not sent to."""
+    moes = (part for part in module.modules() if isinstance(part, MoE))
+    return sum(
+        parameter.numel() // moe.config.n_experts * (moe.config.n_experts - moe.config.top_k)
+        for moe in moes
+        for experts in (moe.gate, moe.up, moe.down)
+        for parameter in experts.parameters()
+    )
+
+
+def _matrices(module: nn.Module | None) -> int:
+    """Multiply-adds per token: every matrix that a token is multiplied with, an embedding's rows being looked up."""
+    if module is None:
+        return 0
+    tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    dense = sum(p.numel() for p in module.parameters() if p.dim() >= 2 and id(p) not in tables)
+    adapters = (part for part in module.modules() if isinstance(part, ResidualAdapter))
+    unused = sum(p.numel() // p.shape[0] * (p.shape[0] - 1) for part in adapters for p in part.parameters())
+    return dense - _idle(module) - unused

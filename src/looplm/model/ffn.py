@@ -1,13 +1,20 @@
-"""Feed-forward parts: SwiGLU (Shazeer 2020) and squared ReLU (So et al. 2021)."""
+"""Feed-forward parts: SwiGLU (Shazeer 2020), squared ReLU (So et al. 2021), experts (moe.py), and SwiGLU beside experts.
+
+Every part maps (B, T, D) to (B, T, D) and takes the layer's shared inputs, which only a loop-aware router reads.
+"""
 
 from typing import Annotated, Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from looplm.config import Config
-from looplm.model.linear import FullConfig, LowRankConfig, make_linear
+from looplm.model.layer_inputs import LayerInputs
+from looplm.model.linear import LinearConfig, make_linear
+from looplm.model.moe import MoE, MoEConfig
+from looplm.model.norm import RMSNorm
 
 
 class SwiGLUConfig(Config):
@@ -26,36 +33,73 @@ class ReLU2Config(Config):
     """Inner width."""
 
 
-FFNConfig = Annotated[SwiGLUConfig | ReLU2Config, Field(discriminator="kind")]
+class ParallelConfig(Config):
+    """dense_gate * swiglu(norm(x)) + moe_gate * moe(norm(x)), each branch with a norm and a learned scalar of its own."""
+
+    kind: Literal["parallel"] = "parallel"
+    d_ff: PositiveInt
+    """Inner width of the dense branch."""
+    moe: MoEConfig
+    """The other branch."""
+    gate_init: float = 0.5
+    """Initial value of both scalars."""
+
+
+FFNConfig = Annotated[SwiGLUConfig | ReLU2Config | MoEConfig | ParallelConfig, Field(discriminator="kind")]
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward, (B, T, D) to (B, T, D)."""
+    """Gated feed-forward."""
 
-    def __init__(self, d_model: int, config: SwiGLUConfig, linear: FullConfig | LowRankConfig) -> None:
+    def __init__(self, d_model: int, d_ff: int, linear: LinearConfig) -> None:
         super().__init__()
-        self.gate = make_linear(linear, d_model, config.d_ff)
-        self.up = make_linear(linear, d_model, config.d_ff)
-        self.down = make_linear(linear, config.d_ff, d_model)
+        self.gate = make_linear(linear, d_model, d_ff)
+        self.up = make_linear(linear, d_model, d_ff)
+        self.down = make_linear(linear, d_ff, d_model)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class ReLU2(nn.Module):
-    """Squared-ReLU feed-forward, (B, T, D) to (B, T, D)."""
+    """Squared-ReLU feed-forward."""
 
-    def __init__(self, d_model: int, config: ReLU2Config, linear: FullConfig | LowRankConfig) -> None:
+    def __init__(self, d_model: int, d_ff: int, linear: LinearConfig) -> None:
         super().__init__()
-        self.up = make_linear(linear, d_model, config.d_ff)
-        self.down = make_linear(linear, config.d_ff, d_model)
+        self.up = make_linear(linear, d_model, d_ff)
+        self.down = make_linear(linear, d_ff, d_model)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         return self.down(F.relu(self.up(x)).square())
 
 
-def make_ffn(d_model: int, config: SwiGLUConfig | ReLU2Config, linear: FullConfig | LowRankConfig) -> nn.Module:
-    """The feed-forward part that `config` names."""
-    if isinstance(config, SwiGLUConfig):
-        return SwiGLU(d_model, config, linear)
-    return ReLU2(d_model, config, linear)
+class Parallel(nn.Module):
+    """Dense and experts side by side; takes the stream itself, not its norm."""
+
+    def __init__(
+        self, d_model: int, config: ParallelConfig, linear: LinearConfig, *, norm_eps: float, norm_weight: bool
+    ) -> None:
+        super().__init__()
+        self.dense_norm = RMSNorm(d_model, eps=norm_eps, has_weight=norm_weight)
+        self.dense = SwiGLU(d_model, config.d_ff, linear)
+        self.moe_norm = RMSNorm(d_model, eps=norm_eps, has_weight=norm_weight)
+        self.moe = MoE(d_model, config.moe, linear)
+        self.dense_gate = nn.Parameter(torch.tensor(config.gate_init))
+        self.moe_gate = nn.Parameter(torch.tensor(config.gate_init))
+
+    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        dense = self.dense(self.dense_norm(x), inputs)
+        return self.dense_gate * dense + self.moe_gate * self.moe(self.moe_norm(x), inputs)
+
+
+def make_ffn(
+    d_model: int, config: FFNConfig, linear: LinearConfig, *, norm_eps: float, norm_weight: bool
+) -> tuple[nn.Module, nn.Module]:
+    """(norm, part): the feed-forward that `config` names and what its input goes through first."""
+    if isinstance(config, ParallelConfig):
+        return nn.Identity(), Parallel(d_model, config, linear, norm_eps=norm_eps, norm_weight=norm_weight)
+    norm = RMSNorm(d_model, eps=norm_eps, has_weight=norm_weight)
+    if isinstance(config, MoEConfig):
+        return norm, MoE(d_model, config, linear)
+    part = SwiGLU if isinstance(config, SwiGLUConfig) else ReLU2
+    return norm, part(d_model, config.d_ff, linear)

@@ -1,8 +1,9 @@
-"""Bias-free linear maps: one full matrix, or a product of two thin ones."""
+"""Bias-free linear maps: one full matrix, a product of two thin ones, or a matrix with a thin product beside it."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from looplm.config import Config
@@ -22,7 +23,17 @@ class LowRankConfig(Config):
     """Inner width of the product."""
 
 
-LinearConfig = Annotated[FullConfig | LowRankConfig, Field(discriminator="kind")]
+class HRAConfig(Config):
+    """A full matrix and a low-rank product added to it, as Nano-OSRT fine-tunes with."""
+
+    kind: Literal["hra"] = "hra"
+    rank: PositiveInt
+    """Inner width of the product."""
+    scale: PositiveFloat = 1.0
+    """Factor of the product."""
+
+
+LinearConfig = Annotated[FullConfig | LowRankConfig | HRAConfig, Field(discriminator="kind")]
 
 
 class LowRankLinear(nn.Module):
@@ -37,8 +48,24 @@ class LowRankLinear(nn.Module):
         return self.up(self.down(x))
 
 
-def make_linear(config: FullConfig | LowRankConfig, d_in: int, d_out: int) -> nn.Module:
+class HRALinear(nn.Module):
+    """y = base(x) + scale * (x a) b, with b zero at first."""
+
+    def __init__(self, d_in: int, d_out: int, *, config: HRAConfig) -> None:
+        super().__init__()
+        self.scale = config.scale
+        self.base = nn.Linear(d_in, d_out, bias=False)
+        self.a = nn.Parameter(torch.empty(d_in, config.rank))
+        self.b = nn.Parameter(torch.empty(config.rank, d_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.scale * ((x @ self.a) @ self.b)
+
+
+def make_linear(config: FullConfig | LowRankConfig | HRAConfig, d_in: int, d_out: int) -> nn.Module:
     """The linear map that `config` names, from (..., d_in) to (..., d_out)."""
     if isinstance(config, LowRankConfig):
         return LowRankLinear(d_in, d_out, rank=config.rank)
+    if isinstance(config, HRAConfig):
+        return HRALinear(d_in, d_out, config=config)
     return nn.Linear(d_in, d_out, bias=False)

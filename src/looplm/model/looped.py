@@ -1,4 +1,4 @@
-"""LoopedLM: ids -> embed -> prelude -> [inject -> core] x n_loops -> coda -> norm -> head. Reads top to bottom.
+"""LoopedLM: ids -> embed -> prelude -> [inject -> core -> exit] x n_loops -> coda -> norm -> head. Reads top to bottom.
 
 Shapes: B batch, T tokens, D d_model.
 """
@@ -13,21 +13,30 @@ from torch import Tensor, nn
 
 from looplm.config import Config
 from looplm.errors import ConfigError, DataError
-from looplm.model.attention import AttentionInputs, attention_inputs
-from looplm.model.block import Block, BlockConfig
+from looplm.model.block import AdapterConfig, Block, BlockConfig
 from looplm.model.cache import KVCache, Slot
+from looplm.model.ffn import FFNConfig, ParallelConfig
 from looplm.model.init import init_weights
+from looplm.model.layer_inputs import LayerInputs, Place, layer_inputs
+from looplm.model.linear import LowRankConfig
+from looplm.model.loop.adapter import LoopLoRA, LoopLoRAConfig
+from looplm.model.loop.exit import ExitConfig, NoExitConfig, make_exit
 from looplm.model.loop.inject import InjectConfig, NoInjectConfig, make_inject
 from looplm.model.loop.plan import LoopPlan
+from looplm.model.moe import MoEConfig
 from looplm.model.norm import RMSNorm
-from looplm.model.smear import Smear
+from looplm.model.smear import SmearConfig, make_smear
 
 
 class ModelConfig(Config):
     """A looped language model. n_loops = 1 with no injection is a plain transformer."""
 
     vocab_size: PositiveInt
-    """Rows of the embedding."""
+    """Token ids that can be embedded and are given logits."""
+    used_vocab: PositiveInt | None = None
+    """Ids that are ever a target or sampled, the first of vocab_size; null for all of them."""
+    vocab_multiple: PositiveInt = 1
+    """The embedding's rows are rounded up to a multiple of this; the rows beyond vocab_size get no logits."""
     d_model: PositiveInt
     """Width of the state."""
     seq_len: PositiveInt
@@ -42,10 +51,26 @@ class ModelConfig(Config):
     """Loops run when the caller does not say."""
     block: BlockConfig
     """The parts of every layer."""
+    core_ffn: FFNConfig | None = None
+    """Channel mixing of the core layers, where it differs."""
     inject: InjectConfig = NoInjectConfig()
     """How the prelude's output enters each loop."""
-    smear: NonNegativeInt = 0
-    """Tokens back whose embeddings each token takes in; 0 for none."""
+    adapter: AdapterConfig | None = None
+    """A low-rank pair per loop before each core layer; null for none."""
+    loop_lora: LoopLoRAConfig | None = None
+    """A low-rank correction with a scale per loop after the core; null for none."""
+    loop_norm: bool = False
+    """RMS-normalise the state between loops."""
+    exit: ExitConfig = NoExitConfig()
+    """How the states of the loops become one output."""
+    smear: SmearConfig | None = None
+    """How each token takes in those just before it; null for not at all."""
+    embed_norm: bool = False
+    """RMS-normalise the embeddings, without weight."""
+    backout: bool = False
+    """Take a learned share of the stream after the middle layer out of the last one (nanochat)."""
+    softcap: PositiveFloat | None = None
+    """Logits become softcap * tanh(logits / softcap); null for as they are."""
     tied_head: bool = True
     """Use the embedding as the output head."""
     n_outputs: PositiveInt | None = None
@@ -56,15 +81,34 @@ class ModelConfig(Config):
     """Standard deviation of the embedding, and of everything for `normal`."""
 
     @model_validator(mode="after")
-    def _head_fits(self) -> "ModelConfig":
+    def _fits(self) -> "ModelConfig":
         if self.tied_head and self.n_outputs is not None:
             raise ValueError(f"n_outputs {self.n_outputs} needs a head of its own: set tied_head to false")
+        if isinstance(self.core_ffn, MoEConfig | ParallelConfig) and isinstance(self.block.linear, LowRankConfig):
+            raise ValueError("experts are stored as full matrices: low_rank linears and a moe do not go together")
+        if self.used_vocab is not None and self.used_vocab > self.vocab_size:
+            raise ValueError(f"used_vocab {self.used_vocab} is more than vocab_size {self.vocab_size}")
         return self
+
+    @property
+    def n_layers(self) -> int:
+        """Layers with weights of their own."""
+        return self.n_prelude + self.n_core + self.n_coda
+
+    @property
+    def n_embeddings(self) -> int:
+        """Rows of the embedding, padding included."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
     def d_head_out(self) -> int:
         """Number of logits."""
         return self.n_outputs or self.vocab_size
+
+    @property
+    def n_targets(self) -> int:
+        """Logits that are scored and sampled from."""
+        return self.n_outputs or self.used_vocab or self.vocab_size
 
 
 @dataclass
@@ -77,23 +121,36 @@ class LoopedOutput:
 
 
 class LoopedLM(nn.Module):
-    """A model of the family. Pure: no files, no randomness, no training branch."""
+    """The whole family: which parts is the config's business, how many loops the caller's. No randomness, no training branch."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        eps = config.block.norm_eps
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.smear = Smear(config.d_model, n_back=config.smear) if config.smear else None
-        self.prelude = nn.ModuleList(Block(config.d_model, config.block) for _ in range(config.n_prelude))
+        eps, has_weight = config.block.norm_eps, config.block.norm_weight
+        self.embed = nn.Embedding(config.n_embeddings, config.d_model)
+        self.embed_norm = RMSNorm(config.d_model, eps=eps, has_weight=False) if config.embed_norm else nn.Identity()
+        self.smear = make_smear(config.d_model, config.smear) if config.smear is not None else None
+        self.prelude = self._layers(config.n_prelude, first=0)
         self.inject = make_inject(config.d_model, config.inject, norm_eps=eps)
-        self.core = nn.ModuleList(Block(config.d_model, config.block) for _ in range(config.n_core))
-        self.coda = nn.ModuleList(Block(config.d_model, config.block) for _ in range(config.n_coda))
-        self.norm = RMSNorm(config.d_model, eps=eps)
-        self.head = nn.Linear(config.d_model, config.d_head_out, bias=False)
+        self.core = self._layers(config.n_core, first=config.n_prelude, is_core=True)
+        self.loop_lora = LoopLoRA(config.d_model, config.loop_lora) if config.loop_lora is not None else None
+        self.loop_norm = RMSNorm(config.d_model, eps=eps, has_weight=has_weight) if config.loop_norm else nn.Identity()
+        self.exit = make_exit(config.d_model, config.exit)
+        self.coda = self._layers(config.n_coda, first=config.n_prelude + config.n_core)
+        self.backout = nn.Parameter(torch.tensor([0.2])) if config.backout else None
+        self.norm = RMSNorm(config.d_model, eps=eps, has_weight=has_weight)
+        self.head = nn.Linear(config.d_model, config.n_outputs or config.n_embeddings, bias=False)
         if config.tied_head:
             self.head.weight = self.embed.weight
         init_weights(self, kind=config.init, std=config.init_std)
+
+    def _layers(self, n_layers: int, *, first: int, is_core: bool = False) -> nn.ModuleList:
+        config = self.config
+        places = (Place(first + index, config.n_layers, config.n_embeddings) for index in range(n_layers))
+        ffn, adapter = (config.core_ffn, config.adapter) if is_core else (None, None)
+        return nn.ModuleList(
+            Block(config.d_model, config.block, place=place, ffn=ffn, adapter=adapter) for place in places
+        )
 
     def forward(
         self,
@@ -109,14 +166,20 @@ class LoopedLM(nn.Module):
         """Logits for ids (B, T). Give n_loops or a plan, or neither for the config's n_loops.
 
         With a cache, `positions` (B, T) says where each token stands, `n_keys` how many keys any row can see, and
-        `before` (B, smear) which tokens came just before.
+        `before` (B, n_back) which tokens came just before, as the smear takes them in.
         """
         if plan is None:
             plan = LoopPlan(self.config.n_loops if n_loops is None else n_loops)
         elif n_loops is not None:
             raise ConfigError(f"n_loops {n_loops} and a plan of {plan.n_loops} loops were both given; give one")
         hidden = self.hidden(ids, plan=plan, cache=cache, positions=positions, n_keys=n_keys, before=before)
-        return LoopedOutput(self.head(hidden).float(), hidden, plan.n_loops)
+        return LoopedOutput(self.logits(hidden), hidden, plan.n_loops)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., n_outputs or vocab_size) in fp32 for hidden states (..., D)."""
+        logits = self.head(hidden).float()[..., : self.config.d_head_out]
+        softcap = self.config.softcap
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def hidden(
         self,
@@ -128,51 +191,95 @@ class LoopedLM(nn.Module):
         n_keys: int | None = None,
         documents: Tensor | None = None,
         before: Tensor | None = None,
+        losses: list[Tensor] | None = None,
+        states: list[Tensor] | None = None,
     ) -> Tensor:
         """The state after coda and final norm, (B, T, D): everything but the head, so that a loss can apply the head
-        to the positions it scores and to no others. `documents` (B, T) numbers the documents packed in a row."""
+        to the positions it scores and to no others. `documents` (B, T) numbers the documents packed in a row. The
+        parts' own training losses, weighted, are appended to `losses`, the state after every loop to `states`."""
         if cache is None and ids.shape[1] > self.config.seq_len:
             raise DataError(
                 f"{ids.shape[1]} tokens do not fit the model's context of {self.config.seq_len}; shorten them"
             )
-        inputs = attention_inputs(
-            self.config.block.attention,
-            n_tokens=ids.shape[1],
-            device=ids.device,
+        inputs = self.inputs(ids, positions=positions, n_keys=n_keys, documents=documents, losses=losses)
+        slots = iter(cache.slots) if cache is not None else None
+        x = self.embed_tokens(ids, before=before, documents=documents)
+        inputs.first = x
+        x = run_layers(self.prelude, x, inputs=inputs, slots=slots)
+        x = self.run_core(x, plan=plan, inputs=inputs, slots=slots, states=states)
+        x = run_layers(self.coda, x, inputs=inputs, slots=slots)
+        if self.backout is not None:
+            x = x - self.backout * inputs.streams[self.config.n_layers // 2]
+        return self.norm(x)
+
+    def inputs(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        n_keys: int | None = None,
+        documents: Tensor | None = None,
+        losses: list[Tensor] | None = None,
+    ) -> LayerInputs:
+        """What all layers share in a forward over ids (B, T)."""
+        attention, n_layers = self.config.block.attention, self.config.n_layers
+        return layer_inputs(
+            ids,
+            rope_dim=attention.rope_dim,
+            rope=attention.rope,
+            windows={attention.window_at(layer_idx, n_layers) for layer_idx in range(n_layers)},
             positions=positions,
             n_keys=n_keys,
             documents=documents,
+            losses=losses,
         )
-        slots = iter(cache.slots) if cache is not None else None
-        x = self.embed_tokens(ids, before=before, documents=documents)
-        x = run_layers(self.prelude, x, inputs=inputs, slots=slots)
-        x = self.run_core(x, plan=plan, inputs=inputs, slots=slots)
-        x = run_layers(self.coda, x, inputs=inputs, slots=slots)
-        return self.norm(x)
 
     def embed_tokens(self, ids: Tensor, *, before: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
-        """Embeddings (B, T, D), smeared if the model does. `before` (B, smear) holds the ids just before a cached
+        """Embeddings (B, T, D), smeared if the model does. `before` (B, n_back) holds the ids just before a cached
         continuation, -1 where there is none."""
-        x = self.embed(ids)
+        x = self.embed_norm(self.embed(ids))
         if self.smear is None:
             return x
         if before is not None:
-            before = self.embed(before.clamp(min=0)) * (before >= 0)[..., None]
+            before = self.embed_norm(self.embed(before.clamp(min=0))) * (before >= 0)[..., None]
         return self.smear(x, before=before, documents=documents)
 
     def run_core(
-        self, entry: Tensor, *, plan: LoopPlan, inputs: AttentionInputs, slots: Iterator[Slot] | None = None
+        self,
+        entry: Tensor,
+        *,
+        plan: LoopPlan,
+        inputs: LayerInputs,
+        slots: Iterator[Slot] | None = None,
+        states: list[Tensor] | None = None,
     ) -> Tensor:
-        """The loop: inject, then the core layers, n_loops times."""
+        """The loop: inject, core layers, exit, n_loops times."""
         tracking = torch.is_grad_enabled()
         entry = self.inject.prepare(entry)
+        halting = self.exit.start(entry)
         state: Tensor | None = None
         for loop_idx in range(plan.n_loops):
+            is_last = loop_idx == plan.n_loops - 1
+            inputs.loop_idx = torch.full_like(inputs.loop_idx, loop_idx)
             with torch.set_grad_enabled(tracking and plan.carries_gradient(loop_idx)):
-                state = self.inject(state, entry)
-                state = run_layers(self.core, state, inputs=inputs, slots=slots)
+                out = run_layers(
+                    self.core, self.inject.enter(state, entry, loop_idx=loop_idx), inputs=inputs, slots=slots
+                )
+                if self.loop_lora is not None:
+                    out = self.loop_lora(out, inputs.loop_idx)
+                state = self.inject.leave(state, entry, out)
+                self.exit.update(halting, state, is_last=is_last)
+                if states is not None:
+                    states.append(state)
+                if not is_last:
+                    state = self.loop_norm(state)
         assert state is not None
-        return self.inject.read_out(state)
+        return self.inject.read_out(self.exit.result(halting, state, losses=inputs.losses))
+
+    @property
+    def n_back(self) -> int:
+        """Tokens before a cached continuation that its first token takes in (`before`)."""
+        return self.config.smear.n_back if self.config.smear is not None else 0
 
     def n_slots(self, n_loops: int) -> int:
         """Cache slots of a forward with n_loops loops: one per layer application."""
@@ -180,13 +287,11 @@ class LoopedLM(nn.Module):
 
     def new_cache(self, *, batch_size: int, capacity: int, n_loops: int | None = None) -> KVCache:
         """An empty cache for `batch_size` rows of at most `capacity` tokens."""
-        attention = self.config.block.attention
         return KVCache(
             n_slots=self.n_slots(self.config.n_loops if n_loops is None else n_loops),
             batch_size=batch_size,
-            n_kv_heads=attention.n_kv_heads,
             capacity=capacity,
-            head_dim=attention.head_dim,
+            shapes=self.config.block.attention.slot_shapes,
             dtype=self.embed.weight.dtype,
             device=self.embed.weight.device,
         )
@@ -199,8 +304,10 @@ class LoopedLM(nn.Module):
                 yield block
 
 
-def run_layers(layers: nn.ModuleList, x: Tensor, *, inputs: AttentionInputs, slots: Iterator[Slot] | None) -> Tensor:
+def run_layers(layers: nn.ModuleList, x: Tensor, *, inputs: LayerInputs, slots: Iterator[Slot] | None) -> Tensor:
     """Apply layers in order, each with the next cache slot."""
     for layer in layers:
+        assert isinstance(layer, Block)
         x = layer(x, inputs, next(slots) if slots is not None else None)
+        inputs.streams[layer.place.layer_idx] = x
     return x

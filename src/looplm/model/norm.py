@@ -6,12 +6,15 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in fp32, returned in the input's type."""
+    """x / rms(x), times a learned weight unless `has_weight` is false, over the last dimension, computed in fp32,
+    returned in the input's type."""
 
-    def __init__(self, size: int, *, eps: float = 1e-6) -> None:
+    def __init__(self, size: int, *, eps: float = 1e-6, has_weight: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.size = size
+        self.weight = nn.Parameter(torch.ones(size)) if has_weight else None
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        weight = None if self.weight is None else self.weight.float()
+        return F.rms_norm(x.float(), (self.size,), weight, self.eps).to(x.dtype)

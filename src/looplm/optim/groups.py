@@ -35,10 +35,11 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for name, parameter in model.named_parameters():
         if name.startswith(("inject.", "smear.")) or parameter.dim() < 2:
             undecayed.append(parameter)
-        elif name.startswith(("prelude.", "core.", "coda.")):
+        elif name.startswith(("prelude.", "core.", "coda.", "loop_lora.")) and id(parameter) not in tables:
             matrices.append(parameter)
         else:
             others.append(parameter)

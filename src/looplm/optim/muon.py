@@ -17,7 +17,8 @@ N_ITERATIONS = 5
 
 
 class Muon(Optimizer):
-    """Matrices only. An update has size lr * sqrt(max(1, rows / columns)) in every direction; momentum is Nesterov's."""
+    """Matrices (R, C) and stacks of them (N, R, C) only. An update has size lr * sqrt(max(1, rows / columns)) in every
+    direction; momentum is Nesterov's."""
 
     def __init__(
         self, params: Iterable[nn.Parameter], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0
@@ -25,7 +26,7 @@ class Muon(Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.dim() != 2:
+                if parameter.dim() not in (2, 3):
                     raise ValueError(f"Muon takes matrices, not a parameter of shape {tuple(parameter.shape)}")
 
     @torch.no_grad()
@@ -36,14 +37,15 @@ class Muon(Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape[parameter.shape].append(parameter)
-            for (n_rows, n_columns), parameters in by_shape.items():
+            for (*_, n_rows, n_columns), parameters in by_shape.items():
                 gradients = [parameter.grad for parameter in parameters]
                 momenta = [self._momentum(parameter) for parameter in parameters]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 updates = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
                 rate = group["lr"] * max(1.0, n_rows / n_columns) ** 0.5
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parameters, orthogonalize(updates).unbind(), alpha=-rate)
+                orthogonal = orthogonalize(updates.view(-1, n_rows, n_columns)).view(updates.shape)
+                torch._foreach_add_(parameters, orthogonal.unbind(), alpha=-rate)
 
     def _momentum(self, parameter: nn.Parameter) -> Tensor:
         state = self.state[parameter]

@@ -10,9 +10,13 @@ from looplm.model.looped import LoopedLM
 
 
 def next_token_loss(model: LoopedLM, batch: Batch, plan: LoopPlan, *, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy over the scored positions, nats. The head runs on those positions only."""
-    hidden = model.hidden(batch.ids, plan=plan, documents=batch.documents)
+    """Mean cross-entropy over the scored positions, nats, plus what the model's parts ask for (router balance, ponder
+    cost). The head runs on the scored positions only."""
+    losses: list[Tensor] = []
+    hidden = model.hidden(batch.ids, plan=plan, documents=batch.documents, losses=losses)
     scored = batch.targets.flatten() != IGNORE
     index = torch.nonzero(scored).squeeze(1)
-    logits = model.head(hidden.flatten(0, 1).index_select(0, index)).float()
-    return F.cross_entropy(logits, batch.targets.flatten().index_select(0, index), label_smoothing=label_smoothing)
+    logits = model.logits(hidden.flatten(0, 1).index_select(0, index))[:, : model.config.n_targets]
+    targets = batch.targets.flatten().index_select(0, index)
+    loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+    return loss + torch.stack(losses).sum() if losses else loss

@@ -1,7 +1,8 @@
 """How the prelude's output e enters the state at every loop.
 
-One class per kind, each with the same three methods: `prepare` runs once per forward, `forward` at the start of every
-loop (state is None at the first), `read_out` once after the last.
+One class per kind, each with the same methods: `prepare` runs once per forward; `enter` gives the core layers their input
+at the start of every loop (state is None at the first), `leave` makes the next state of what they return; `read_out` runs
+once after the last loop.
 """
 
 import math
@@ -51,8 +52,22 @@ class DiagonalInjectConfig(Config):
     """Learn C (initially the identity), applied to the state after the last loop."""
 
 
+class LTIInjectConfig(Config):
+    """decay * state + gain * e + core(norm(state + e + loop embedding)): OpenMythos's linear time-invariant injection."""
+
+    kind: Literal["lti"] = "lti"
+    loop_embed: Literal["none", "raw", "scaled"] = "scaled"
+    """Sine and cosine of the loop's number on the first eighth of the channels: raw, as OpenMythos adds it, of size 1;
+    scaled to loop_embed_size times the size of what it is added to."""
+    loop_embed_size: PositiveFloat = 0.1
+    """Size of a scaled loop embedding, relative."""
+    bounded_decay: bool = True
+    """Keep the decay below 1 in fp32 too; OpenMythos's reaches 1 and 0."""
+
+
 InjectConfig = Annotated[
-    NoInjectConfig | AddInjectConfig | GateInjectConfig | DiagonalInjectConfig, Field(discriminator="kind")
+    NoInjectConfig | AddInjectConfig | GateInjectConfig | DiagonalInjectConfig | LTIInjectConfig,
+    Field(discriminator="kind"),
 ]
 
 
@@ -62,8 +77,11 @@ class NoInject(nn.Module):
     def prepare(self, entry: Tensor) -> Tensor:
         return entry
 
-    def forward(self, state: Tensor | None, entry: Tensor) -> Tensor:
+    def enter(self, state: Tensor | None, entry: Tensor, *, loop_idx: int) -> Tensor:
         return entry if state is None else state
+
+    def leave(self, state: Tensor | None, entry: Tensor, out: Tensor) -> Tensor:
+        return out
 
     def read_out(self, state: Tensor) -> Tensor:
         return state
@@ -72,7 +90,7 @@ class NoInject(nn.Module):
 class AddInject(NoInject):
     """e is added before every loop after the first."""
 
-    def forward(self, state: Tensor | None, entry: Tensor) -> Tensor:
+    def enter(self, state: Tensor | None, entry: Tensor, *, loop_idx: int) -> Tensor:
         return entry if state is None else state + entry
 
 
@@ -83,14 +101,14 @@ class GateInject(NoInject):
         super().__init__()
         self.think_gate = nn.Parameter(torch.tensor(config.init))
 
-    def forward(self, state: Tensor | None, entry: Tensor) -> Tensor:
+    def enter(self, state: Tensor | None, entry: Tensor, *, loop_idx: int) -> Tensor:
         if state is None:
             return entry
         gate = self.think_gate.sigmoid()
         return gate * state + (1 - gate) * entry
 
 
-class DiagonalInject(nn.Module):
+class DiagonalInject(NoInject):
     """h <- decay * h + dt * (B norm(e)), decay = exp(-softplus(dt_bias) * exp(A_log)), below 1 by construction.
 
     Source: Parcae. The bound holds for this linear part; the layers that follow are not linear.
@@ -113,23 +131,55 @@ class DiagonalInject(nn.Module):
     def prepare(self, entry: Tensor) -> Tensor:
         return F.softplus(self.dt_bias.float()) * self.B(self.norm(entry))
 
-    def forward(self, state: Tensor | None, entry: Tensor) -> Tensor:
+    def enter(self, state: Tensor | None, entry: Tensor, *, loop_idx: int) -> Tensor:
         return entry if state is None else self.decay() * state + entry
 
     def read_out(self, state: Tensor) -> Tensor:
         return self.C(state)
 
 
-Inject = NoInject | DiagonalInject
+class LTIInject(NoInject):
+    """h <- decay * h + gain * e + core(norm(h + e + loop embedding)), h = e before the first loop."""
+
+    def __init__(self, d_model: int, config: LTIInjectConfig, *, norm_eps: float) -> None:
+        super().__init__()
+        self.config = config
+        self.norm = RMSNorm(d_model, eps=norm_eps)
+        self.log_A = nn.Parameter(torch.zeros(d_model))
+        self.log_dt = nn.Parameter(torch.zeros(1))
+        self.gain = nn.Parameter(torch.full((d_model,), 0.1))
+
+    def decay(self) -> Tensor:
+        """Decay per channel (D,), in fp32."""
+        rate = (self.log_dt.float() + self.log_A.float()).clamp(-20, 20).exp()
+        return torch.exp(-rate.clamp(min=MIN_DECAY_RATE) if self.config.bounded_decay else -rate)
+
+    def enter(self, state: Tensor | None, entry: Tensor, *, loop_idx: int) -> Tensor:
+        x = (entry if state is None else state) + entry
+        if self.config.loop_embed != "none":
+            embed = loop_embedding(loop_idx, d_model=x.shape[-1], device=x.device)
+            if self.config.loop_embed == "scaled":
+                embed = embed * self.config.loop_embed_size * x.detach().float().square().mean(-1, keepdim=True).sqrt()
+            x = x + embed.to(x.dtype)
+        return self.norm(x)
+
+    def leave(self, state: Tensor | None, entry: Tensor, out: Tensor) -> Tensor:
+        state = entry if state is None else state
+        return (self.decay() * state + self.gain * entry).to(out.dtype) + out
 
 
-def make_inject(
-    d_model: int,
-    config: NoInjectConfig | AddInjectConfig | GateInjectConfig | DiagonalInjectConfig,
-    *,
-    norm_eps: float,
-) -> Inject:
+def loop_embedding(loop_idx: int, *, d_model: int, device: torch.device) -> Tensor:
+    """Sines, then cosines, of the loop's number on the first d_model // 8 channels, zero on the others (D,)."""
+    n_channels = d_model // 8
+    frequency = 10000.0 ** -(torch.arange(0, n_channels, 2, device=device, dtype=torch.float32) / n_channels)
+    waves = torch.cat(((loop_idx * frequency).sin(), (loop_idx * frequency).cos()))[:n_channels]
+    return F.pad(waves, (0, d_model - n_channels))
+
+
+def make_inject(d_model: int, config: InjectConfig, *, norm_eps: float) -> NoInject:
     """The injection that `config` names."""
+    if isinstance(config, LTIInjectConfig):
+        return LTIInject(d_model, config, norm_eps=norm_eps)
     if isinstance(config, DiagonalInjectConfig):
         return DiagonalInject(d_model, config, norm_eps=norm_eps)
     if isinstance(config, GateInjectConfig):

@@ -1,0 +1,44 @@
+"""`looplm import` and `looplm export`: other systems' checkpoints."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SYSTEM = typer.Argument(metavar="{nanochat,openmythos,osrt}", help="The system that wrote the checkpoint.")
+
+
+def import_(
+    system: Annotated[str, SYSTEM],
+    checkpoint: Annotated[Path, typer.Argument(help="Its file, or the folder that holds it.")],
+    out: Annotated[Path, typer.Option(help="Run folder to make.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="JSON of the original's config fields, where the file lacks them.", show_default=False),
+    ] = None,
+) -> None:
+    """Make a run folder of another system's checkpoint; every other command takes it."""
+    import json
+
+    from looplm.errors import ConfigError
+    from looplm.hf.files import import_run
+
+    try:
+        fields = json.loads(config.read_text(encoding="utf-8")) if config is not None else {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {str(config)!r} cannot be read as JSON ({error})") from None
+    model = import_run(system, checkpoint, out=out, config=fields)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    typer.echo(f"{out}: {size:,} parameters of {system}, {model.config.n_loops} loops")
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder that `looplm import` made.")],
+    to: Annotated[str, typer.Option(metavar="{nanochat,openmythos,osrt}", help="The system to write for.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+) -> None:
+    """Write an imported run back in the original's format."""
+    from looplm.checkpoint import load
+    from looplm.hf.files import export_run
+
+    typer.echo(f"wrote {export_run(load(run), run, system=to, out=out)}")

@@ -1,0 +1,1 @@
+"""Other systems' checkpoints: read, checked, written back."""

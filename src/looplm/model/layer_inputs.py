@@ -1,0 +1,91 @@
+"""What every layer of one forward shares: tables, masks and places, computed once and used by all layers in all loops.
+
+Shapes: B batch, T tokens, S keys, K head width.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from looplm.model.rope import RopeConfig, rope_tables
+
+# Up to this length a CPU trains faster with the scores written out than with the flash kernel, whose backward is slow
+# there (docs/log.md, 2026-11-21). The mask is added, not filled in: compiled, a fill takes three times as long.
+MAX_WRITTEN_OUT = 512
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer stands: counted over all layers with weights of their own, prelude first."""
+
+    layer_idx: int
+    n_layers: int
+    n_embeddings: int
+    """Rows of the token embedding, for parts with a table of their own."""
+
+    @property
+    def is_last(self) -> bool:
+        return self.layer_idx == self.n_layers - 1
+
+
+@dataclass
+class Mask:
+    """Who sees whom, for one window width."""
+
+    seen: Tensor | None  # (1 or B, 1, T, S), True where a key is seen; None means plain causal over T
+    bias: Tensor | None = None  # (1 or B, 1, T, S), 0 where a key is seen, -1e30 elsewhere: scores are written out
+
+
+@dataclass
+class LayerInputs:
+    """Shared by the layers of one forward."""
+
+    ids: Tensor  # (B, T)
+    cos: Tensor  # (1 or B, 1, T, K/2)
+    sin: Tensor
+    masks: dict[int | None, Mask]  # by window width, None for all keys
+    loop_idx: Tensor  # 0-d int64: a tensor, so that compiled layers serve every loop
+    positions: Tensor | None = None  # (B, T), with a cache only
+    n_keys: int | None = None  # keys of the cache that any row can see, with a cache only
+    losses: list[Tensor] | None = None  # where parts append losses of their own, weighted; None where nobody asks
+    first: Tensor | None = None  # (B, T, D), the stream as it entered the first layer
+    streams: dict[int, Tensor] = field(default_factory=dict)  # the stream after each layer so far, by layer_idx
+
+
+def layer_inputs(
+    ids: Tensor,
+    *,
+    rope_dim: int,
+    rope: RopeConfig,
+    windows: set[int | None],
+    positions: Tensor | None = None,
+    n_keys: int | None = None,
+    documents: Tensor | None = None,
+    losses: list[Tensor] | None = None,
+) -> LayerInputs:
+    """Tables and masks for a full forward over ids (B, T) (positions None) or for ids at `positions` (B, T) of a cache.
+
+    `documents` (B, T), full forward only, numbers the documents packed in a row: a token sees its own document only.
+    """
+    device, n_tokens = ids.device, ids.shape[1]
+    at = torch.arange(n_tokens, device=device) if positions is None else positions
+    cos, sin = rope_tables(at, head_dim=rope_dim, config=rope)
+    writes_out = torch.is_grad_enabled() and positions is None and device.type == "cpu" and n_tokens <= MAX_WRITTEN_OUT
+    key_at = torch.arange(n_tokens if n_keys is None else n_keys, device=device)
+    query_at = at if at.dim() == 2 else at[None]
+    masks: dict[int | None, Mask] = {}
+    for window in windows:
+        if positions is None and window is None and documents is None and not writes_out:
+            masks[window] = Mask(None)
+            continue
+        distance = query_at[:, :, None] - key_at[None, None, :]  # (B, T, S)
+        seen = distance >= 0
+        if window is not None:
+            seen = seen & (distance < window)
+        if documents is not None:
+            seen = seen & (documents[:, :, None] == documents[:, None, :])
+        seen = seen[:, None]
+        masks[window] = Mask(seen, torch.where(seen, 0.0, -1e30).bfloat16() if writes_out else None)
+    loop_idx = torch.zeros((), dtype=torch.long, device=device)
+    return LayerInputs(ids, cos, sin, masks, loop_idx, positions=positions, n_keys=n_keys, losses=losses)

@@ -1,0 +1,99 @@
+"""How the states of the loops become one output: the last one, or a halting-weighted sum (ACT, Graves 2016).
+
+A position that has halted keeps running and keeps serving keys and values to the others; only its output is settled.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat
+from torch import Tensor, nn
+
+from looplm.config import Config
+
+
+class NoExitConfig(Config):
+    """The state after the last loop."""
+
+    kind: Literal["none"] = "none"
+
+
+class ACTConfig(Config):
+    """Each loop halts a position with a learned probability; the output is the states' sum, weighted by when it halted."""
+
+    kind: Literal["act"] = "act"
+    threshold: float = Field(default=0.99, gt=0, le=1)
+    """Summed probability at which a position halts."""
+    renormalise: bool = True
+    """Give what is left to the last loop, so that the weights sum to 1 however few loops run (OpenMythos does not)."""
+    ponder_cost: NonNegativeFloat = 0.0
+    """Weight in the training loss of the mean number of loops a position takes."""
+
+
+ExitConfig = Annotated[NoExitConfig | ACTConfig, Field(discriminator="kind")]
+
+
+class NoExit(nn.Module):
+    """Keeps nothing but the newest state."""
+
+    def start(self, entry: Tensor) -> None:
+        return None
+
+    def update(self, halting: None, state: Tensor, *, is_last: bool) -> None:
+        return None
+
+    def result(self, halting: None, state: Tensor, *, losses: list[Tensor] | None) -> Tensor:
+        return state
+
+
+class Halting:
+    """Running sums of one forward: output (B, T, D); halting probability, expected number of loops, loops taken and who
+    has halted (B, T), in fp32."""
+
+    def __init__(self, entry: Tensor) -> None:
+        self.output = torch.zeros_like(entry)
+        self.total = torch.zeros(entry.shape[:2], device=entry.device)
+        self.n_loops = torch.zeros_like(self.total)
+        self.depth = torch.zeros_like(self.total)
+        self.has_halted = torch.zeros_like(self.total, dtype=torch.bool)
+
+
+class ACT(nn.Module):
+    """p = sigmoid(w . state + b) per position and loop."""
+
+    def __init__(self, d_model: int, config: ACTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.halt = nn.Linear(d_model, 1)
+
+    def start(self, entry: Tensor) -> Halting:
+        return Halting(entry)
+
+    def update(self, halting: Halting, state: Tensor, *, is_last: bool) -> None:
+        """Take in the state after one loop."""
+        p = self.halt(state).squeeze(-1).float().sigmoid()
+        running = ~halting.has_halted
+        halts = halting.total + p >= self.config.threshold
+        weight = torch.where(halts, (1 - halting.total).clamp(min=0), p)
+        if is_last and self.config.renormalise:
+            weight = (1 - halting.total).clamp(min=0)
+        weight = weight * running
+        halting.n_loops = halting.n_loops + running
+        halting.output = halting.output + (weight[..., None] * state).to(state.dtype)
+        halting.depth = halting.depth + weight * halting.n_loops
+        halting.total = halting.total + p * running
+        halting.has_halted = halting.has_halted | (halting.total >= self.config.threshold)
+
+    def result(self, halting: Halting, state: Tensor, *, losses: list[Tensor] | None) -> Tensor:
+        """The weighted sum of the states."""
+        if losses is not None and self.config.ponder_cost:
+            losses.append(self.config.ponder_cost * halting.depth.mean())
+        return halting.output
+
+
+Exit = NoExit | ACT
+
+
+def make_exit(d_model: int, config: NoExitConfig | ACTConfig) -> Exit:
+    """The exit that `config` names."""
+    return ACT(d_model, config) if isinstance(config, ACTConfig) else NoExit()

@@ -1,0 +1,105 @@
+"""Multi-head latent attention (DeepSeek-V2, 2024): keys and values of all heads from one small latent per token.
+
+The cache holds the normalised latent and one turned key that all heads share: kv_rank + rope_dim numbers per token, as
+many as attention needs to be exact. OpenMythos caches that key once per head.
+Shapes: B batch, T tokens, S keys, H heads, N unturned width, P turned width, V value width, R latent width.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import PositiveInt, model_validator
+from torch import Tensor, nn
+
+from looplm.config import Config
+from looplm.model.attention import attend
+from looplm.model.cache import Slot
+from looplm.model.layer_inputs import LayerInputs, Place
+from looplm.model.linear import LinearConfig, make_linear
+from looplm.model.norm import RMSNorm
+from looplm.model.rope import RopeConfig, apply_rope
+
+
+class MLAConfig(Config):
+    """Latent attention: every head has unturned channels from the latents and turned ones, keys' shared by all heads."""
+
+    kind: Literal["mla"] = "mla"
+    n_heads: PositiveInt
+    """Heads."""
+    q_rank: PositiveInt
+    """Width of the queries' latent."""
+    kv_rank: PositiveInt
+    """Width of the latent of keys and values: what the cache keeps."""
+    nope_dim: PositiveInt
+    """Unturned channels of a head."""
+    rope_dim: PositiveInt
+    """Turned channels of a head, even."""
+    v_dim: PositiveInt
+    """Value channels of a head."""
+    rope: RopeConfig = RopeConfig()
+    """Positions."""
+
+    @model_validator(mode="after")
+    def _even(self) -> "MLAConfig":
+        if self.rope_dim % 2:
+            raise ValueError(f"rope_dim {self.rope_dim} is odd; RoPE needs an even width")
+        return self
+
+    @property
+    def window(self) -> None:
+        """Latent attention sees all tokens."""
+        return None
+
+    @property
+    def slot_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(heads, width) of the two tensors a cache slot keeps per token."""
+        return (1, self.kv_rank), (1, self.rope_dim)
+
+    @property
+    def score_width(self) -> int:
+        """Multiply-adds per query and key for scores and values, all heads."""
+        return self.n_heads * (self.nope_dim + self.rope_dim + self.v_dim)
+
+    def window_at(self, layer_idx: int, n_layers: int) -> None:
+        """Every layer sees all tokens."""
+        return None
+
+
+class MLA(nn.Module):
+    """(B, T, D) to (B, T, D); with a slot, the latent and the shared key are stored and read there."""
+
+    def __init__(
+        self, d_model: int, config: MLAConfig, linear: LinearConfig, *, norm_eps: float, norm_weight: bool, place: Place
+    ) -> None:
+        super().__init__()
+        self.config = config
+        n_heads = config.n_heads
+        self.q_down = make_linear(linear, d_model, config.q_rank)
+        self.q_norm = RMSNorm(config.q_rank, eps=norm_eps, has_weight=norm_weight)
+        self.q_up_nope = make_linear(linear, config.q_rank, n_heads * config.nope_dim)
+        self.q_up_rope = make_linear(linear, config.q_rank, n_heads * config.rope_dim)
+        self.kv_down = make_linear(linear, d_model, config.kv_rank + config.rope_dim)
+        self.kv_norm = RMSNorm(config.kv_rank, eps=norm_eps, has_weight=norm_weight)
+        self.kv_up = make_linear(linear, config.kv_rank, n_heads * (config.nope_dim + config.v_dim))
+        self.o = make_linear(linear, n_heads * config.v_dim, d_model)
+
+    def forward(self, x: Tensor, inputs: LayerInputs, slot: Slot | None = None) -> Tensor:
+        config, pairing = self.config, self.config.rope.pairing
+        latent_q = self.q_norm(self.q_down(x))
+        q_rope = apply_rope(self._heads(self.q_up_rope(latent_q)), inputs.cos, inputs.sin, pairing=pairing)
+        q = torch.cat((self._heads(self.q_up_nope(latent_q)), q_rope), dim=-1)  # (B, H, T, N + P)
+        latent, key = self.kv_down(x).split((config.kv_rank, config.rope_dim), dim=-1)
+        latent = self.kv_norm(latent)[:, None]  # (B, 1, T, R)
+        key = apply_rope(key[:, None], inputs.cos, inputs.sin, pairing=pairing)  # (B, 1, T, P)
+        if slot is not None:
+            assert inputs.positions is not None
+            slot.write(latent, key, inputs.positions)
+            latent, key = slot.keys[:, :, : inputs.n_keys].to(q.dtype), slot.values[:, :, : inputs.n_keys].to(q.dtype)
+        up = self._heads(self.kv_up(latent[:, 0]))  # (B, H, S, N + V)
+        k_nope, v = up.split((config.nope_dim, config.v_dim), dim=-1)
+        k = torch.cat((k_nope, key.expand(-1, config.n_heads, -1, -1)), dim=-1)
+        mixed = attend(q, k, v, inputs.masks[None])
+        return self.o(mixed.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.config.n_heads, -1)).transpose(1, 2)

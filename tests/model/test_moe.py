@@ -1,0 +1,99 @@
+"""Experts against a plain loop over tokens."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from conftest import tiny_config
+from looplm.errors import ConfigError
+from looplm.model.layer_inputs import LayerInputs, layer_inputs
+from looplm.model.linear import FullConfig, HRAConfig
+from looplm.model.moe import MoE, MoEConfig
+from looplm.model.rope import RopeConfig
+
+D = 16
+
+
+def make(linear: FullConfig | HRAConfig | None = None, **options: object) -> MoE:
+    config = MoEConfig.model_validate({"n_experts": 5, "d_ff": 8, "top_k": 2} | options)
+    moe = MoE(D, config, linear or FullConfig())
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    if moe.bias is not None:
+        torch.nn.init.normal_(moe.bias)
+    return moe
+
+
+def inputs_at(loop_idx: int) -> LayerInputs:
+    inputs = layer_inputs(torch.zeros(1, 1, dtype=torch.long), rope_dim=4, rope=RopeConfig(), windows={None})
+    inputs.loop_idx = torch.tensor(loop_idx)
+    return inputs
+
+
+def by_hand(moe: MoE, token: Tensor, *, loop_idx: int) -> Tensor:
+    """One token through the experts it chooses."""
+    config = moe.config
+    read = token
+    if moe.loop_embed is not None:
+        read = torch.cat((token, moe.loop_embed.weight[min(loop_idx, len(moe.loop_embed.weight) - 1)]))
+    logits = moe.router.weight @ read
+    order = (logits if moe.bias is None else logits + moe.bias).argsort(descending=True)[: config.top_k]
+    gates = logits.softmax(0)[order] if config.gate == "softmax" else logits[order].sigmoid()
+    if config.renormalise:
+        gates = gates / gates.sum()
+    out = torch.zeros(D)
+    for gate, index in zip(gates, order, strict=True):
+
+        def apply(part: object, x: Tensor, index: Tensor = index) -> Tensor:
+            y = x @ part.weight[index]  # type: ignore[attr-defined]
+            if part.scale:  # type: ignore[attr-defined]
+                y = y + part.scale * (x @ part.a[index]) @ part.b[index]  # type: ignore[attr-defined]
+            return y
+
+        out = out + gate * apply(moe.down, F.silu(apply(moe.gate, token)) * apply(moe.up, token))
+    for shared in moe.shared:
+        out = out + shared(token[None])[0]
+    return out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gate": "sigmoid", "renormalise": False, "top_k": 1},
+        {"n_shared": 2, "shared_d_ff": 12, "has_bias": True},
+        {"n_loop_embeds": 2, "top_k": 5},
+    ],
+)
+@pytest.mark.parametrize("linear", [FullConfig(), HRAConfig(rank=4, scale=0.5)], ids=["full", "hra"])
+def test_experts_are_a_loop_over_tokens(options: dict[str, object], linear: FullConfig | HRAConfig) -> None:
+    moe = make(linear, **options)
+    x = torch.randn(2, 7, D)
+    for loop_idx in (0, 1, 4):
+        out = moe(x, inputs_at(loop_idx))
+        expected = torch.stack([torch.stack([by_hand(moe, t, loop_idx=loop_idx) for t in row]) for row in x])
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_even_router_has_balance_loss_one_and_a_collapsed_one_more() -> None:
+    moe = make(balance_loss=1.0, top_k=1, n_experts=4)
+    even = torch.eye(4).repeat(5, 1) * 1e-4
+    assert moe.loss(even, even.topk(1).indices).item() == pytest.approx(1.0, abs=1e-3)
+    collapsed = torch.tensor([[9.0, 0, 0, 0]]).repeat(20, 1)
+    assert moe.loss(collapsed, collapsed.topk(1).indices).item() > 3.5
+
+
+def test_gradients_reach_experts_and_router() -> None:
+    moe = make(balance_loss=0.1)
+    inputs = inputs_at(0)
+    inputs.losses = []
+    (moe(torch.randn(1, 30, D), inputs).sum() + torch.stack(inputs.losses).sum()).backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in moe.parameters())
+
+
+def test_impossible_experts_are_refused() -> None:
+    with pytest.raises(ConfigError, match="top_k 9 is more than n_experts 4"):
+        tiny_config("core_ffn={kind: moe, n_experts: 4, d_ff: 8, top_k: 9}")
+    with pytest.raises(ConfigError, match="do not go together"):
+        tiny_config("block.linear={kind: low_rank, rank: 2}", "block.ffn={kind: moe, n_experts: 4, d_ff: 8, top_k: 1}")

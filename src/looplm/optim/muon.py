@@ -17,7 +17,7 @@ N_ITERATIONS = 5
 
 
 class Muon(Optimizer):
-    """Matrices only. An update has size lr * sqrt(max(1, rows / columns)) in every direction; momentum is Nesterov's."""
+    """Matrices only. An update has size lr * sqrt(max(1, rows / columns)) in every direction; Nesterov momentum."""
 
     def __init__(
         self, params: Iterable[nn.Parameter], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0

@@ -2,9 +2,9 @@
 
 The scratchpad gives every number a letter and sorts by one digit at a time from the left: each line keeps the columns
 sorted before it and orders the next column within their groups, as `list 995a961b`, `hundreds 995a961b`,
-`tens 961b995a`, `units 961b995a`. The letter stands behind its number: digits stay together for copying, what was copied
-last is known by one token where several numbers begin alike, and no space is needed. Every line has the same length, so
-its columns stand right under the one before.
+`tens 961b995a`, `units 961b995a`. The letter stands behind its number: digits stay together for copying, what was
+copied last is known by one token where several numbers begin alike, and no space is needed. Every line has
+the same length, so its columns stand right under the one before.
 """
 
 import random

@@ -329,7 +329,7 @@ def test_metrics_that_cannot_be_written_stop_the_run_after_a_checkpoint(
         ("reason", "model.vocab_size=256", "raise vocab_size"),
         ("reason", "model.seq_len=100", "do not fit the model's seq_len 100"),
         ("reason", "train.plan={kind: length}", "packed rows have none"),
-        ("reason", "data.row_len=64", "greater than or equal to 256"),
+        ("reason", "data.row_len=64", "greater than or equal to 336"),
         ("s3", "model.n_outputs=5", "take looplm-s3-54k"),
         ("s3", "data.max_len=300", "do not fit"),
     ],

@@ -13,7 +13,7 @@ from torch import Tensor
 IGNORE = -100  # target of a position that is not scored
 
 # Tokens drawn for a batch, as a share of the tokens it holds: what almost always fits, longest documents first. Drawing
-# more would fill the last gaps and drop short documents, which a mixture would then hold fewer of than it was asked for.
+# more would fill the last gaps and drop short documents, of which the mixture would then hold too few.
 FILL = 0.95
 
 

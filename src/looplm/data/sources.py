@@ -80,9 +80,7 @@ class ReasoningSource:
 
     def batch(self, index: int) -> Batch:
         rng = random.Random(f"reasoning {self.seed} {index}")
-        return pack(
-            lambda: self.draw(rng), n_rows=self.config.n_rows, row_len=self.config.row_len, pad_id=PAD_ID
-        )
+        return pack(lambda: self.draw(rng), n_rows=self.config.n_rows, row_len=self.config.row_len, pad_id=PAD_ID)
 
     def draw(self, rng: random.Random) -> Document:
         """One training question with its worked solution."""

@@ -17,8 +17,8 @@ N_ITERATIONS = 5
 
 
 class Muon(Optimizer):
-    """Matrices (R, C) and stacks of them (N, R, C) only. An update has size lr * sqrt(max(1, rows / columns)) in every
-    direction; momentum is Nesterov's."""
+                orthogonal = orthogonalize(updates.view(-1, n_rows, n_columns)).view(updates.shape)
+                torch._foreach_add_(parameters, list(orthogonal.unbind()), alpha=-rate)
 
     def __init__(
         self, params: Iterable[nn.Parameter], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0
@@ -33,21 +33,21 @@ class Muon(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape[parameter.shape].append(parameter)
             for (*_, n_rows, n_columns), parameters in by_shape.items():
-                gradients = [parameter.grad for parameter in parameters]
+                gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
                 momenta = [self._momentum(parameter) for parameter in parameters]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 updates = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
                 rate = group["lr"] * max(1.0, n_rows / n_columns) ** 0.5
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 orthogonal = orthogonalize(updates.view(-1, n_rows, n_columns)).view(updates.shape)
-                torch._foreach_add_(parameters, orthogonal.unbind(), alpha=-rate)
+                torch._foreach_add_(parameters, list(orthogonal.unbind()), alpha=-rate)
 
-    def _momentum(self, parameter: nn.Parameter) -> Tensor:
+    def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)

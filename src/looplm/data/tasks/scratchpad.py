@@ -76,8 +76,8 @@ def subtract(left: int, right: int) -> Work:
 
 
 def multiply(left: int, right: int) -> Work:
-    """One row per digit of the shorter factor, then the rows added up with their shifts. The carry is added in a step of
-    its own, `9*8=72`, `72+7=79`: few products see a carry as rare as that 7, but every sum sees its digits."""
+    """One row per digit of the shorter factor, then the rows added up with their shifts. The carry is added in a step
+    of its own, `9*8=72`, `72+7=79`: few products see a carry as rare as that 7, but every sum sees its digits."""
     a, b = (str(left), str(right)) if len(str(left)) >= len(str(right)) else (str(right), str(left))
     steps = [f"{a}*{b}"]
     total: int | None = None

@@ -2,9 +2,9 @@
 
 The scratchpad gives every number a letter and sorts by one digit at a time from the left: each line keeps the columns
 sorted before it and orders the next column within their groups, as `list 995a961b`, `hundreds 995a961b`,
-`tens 961b995a`, `units 961b995a`. The letter stands behind its number: digits stay together for copying, what was copied
-last is known by one token where several numbers begin alike, and no space is needed. Every line has the same length, so
-its columns stand right under the one before.
+`tens 961b995a`, `units 961b995a`. The letter stands behind its number: digits stay together for copying, what was
+copied last is known by one token where several numbers begin alike, and no space is needed. Every line has
+the same length, so its columns stand right under the one before.
 """
 
 import random
@@ -16,9 +16,14 @@ NAME = "sorting"
 
 
 def sample(rng: random.Random, *, small: bool = False) -> Example:
-    """3 to 8 numbers in 0..999; a small one takes them from a window of 60, where many begin alike."""
-    low = rng.randint(0, 999 - 60) if small else 0
-    return _sample(rng, rng.randint(3, 8), low=low, high=low + 60 if small else 999)
+    """3 to 8 numbers in 0..999; a small one is either 8 of them or from a narrow window, where many begin alike."""
+    if not small:
+        return _sample(rng, rng.randint(3, 8), low=0, high=999)
+    if rng.random() < 0.5:
+        return _sample(rng, 8, low=0, high=999)
+    window = rng.choice((20, 60))
+    low = rng.randint(0, 999 - window)
+    return _sample(rng, rng.randint(3, 8), low=low, high=low + window)
 
 
 def sample_harder(rng: random.Random) -> Example:

@@ -46,13 +46,15 @@ VARIANTS: dict[str, list[str]] = {
     "smear": ["smear={kind: channel, n_back: 2}"],
     "untied": ["tied_head=false", "n_outputs=11"],
     "fused": ["block.attention.fused_qkv=true"],
-    "qk-norm-after": ["block.attention={qk_norm: after_rope, qk_gain: 1.2, n_heads: 2, n_kv_heads: 1, head_dim: 8}"],
+    "qk-norm-after": [
+        "block.attention={kind: gqa, qk_norm: after_rope, qk_gain: 1.2, n_heads: 2, n_kv_heads: 1, head_dim: 8}"
+    ],
     "interleaved-ntk": ["block.attention.rope={pairing: interleaved, ntk_factor: 2, base: 100}"],
     "windows": ["block.attention.window=3", "block.attention.window_pattern=SL"],
     "value-embed": ["block.attention.value_embed={n_channels: 4}"],
     "mla": ["block.attention={kind: mla, n_heads: 2, q_rank: 8, kv_rank: 6, nope_dim: 4, rope_dim: 4, v_dim: 6}"],
     "moe": ["core_ffn={kind: moe, n_experts: 4, d_ff: 8, top_k: 2, n_shared: 1, has_bias: true}"],
-    "moe-loops": ["core_ffn={kind: moe, n_experts: 4, d_ff: 8, top_k: 2, gate: sigmoid, renormalise: false, n_loop_embeds: 3}"],
+    "moe-loops": ["core_ffn={kind: moe, n_experts: 4, d_ff: 8, top_k: 2, gate: sigmoid, n_loop_embeds: 3}"],
     "parallel": ["block.ffn={kind: parallel, d_ff: 16, moe: {n_experts: 4, d_ff: 8, top_k: 1}}"],
     "hra": ["block.linear={kind: hra, rank: 4}"],
     "weightless": ["block.norm_weight=false", "embed_norm=true"],

@@ -19,6 +19,7 @@ SYSTEM_OF = {
     "osrt_v4": "osrt",
 }
 
+
 class Golden:
     """One file: weights, config and what the original computed."""
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from golden_files import SYSTEM_OF, Golden
 from looplm.data.pack import IGNORE, Batch
 from looplm.errors import CheckpointError, ConfigError
 from looplm.hf.convert import dump_foreign, load_foreign
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import LoopedLM
 from looplm.train.losses import next_token_loss
-from golden_files import SYSTEM_OF, Golden
 
 CLOSE = {"rtol": 0.0, "atol": 2e-5}
 

@@ -135,4 +135,3 @@ def _config(system: str, file: Path, held: Mapping[str, Any], state: Mapping[str
             return dict(vars(config))
         return dict(config) if isinstance(config, Mapping) else openmythos.config_of_shapes(state)
     return osrt.config_of_shapes(state)
-

@@ -88,7 +88,7 @@ def rules(config: ModelConfig) -> list[Rule]:
 
 
 def clean(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """What every version of nanochat wrote, as the newest writes it: no compile prefix, lambdas that were not yet there."""
+    """What any version of nanochat wrote, as the newest writes it: no compile prefix, all lambdas there."""
     found = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
     like = next(iter(found.values())).float()
     found.setdefault("resid_lambdas", like.new_ones(config.n_core))

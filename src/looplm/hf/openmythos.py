@@ -38,9 +38,7 @@ def model_config(foreign: Mapping[str, Any]) -> ModelConfig:
             rope=rope,
         )
         if foreign["attn_type"] == "mla"
-        else GQAConfig(
-            n_heads=n_heads, n_kv_heads=foreign["n_kv_heads"], head_dim=d_model // n_heads, rope=rope
-        )
+        else GQAConfig(n_heads=n_heads, n_kv_heads=foreign["n_kv_heads"], head_dim=d_model // n_heads, rope=rope)
     )
     n_loops, top_k = foreign["max_loop_iters"], foreign["n_experts_per_tok"]
     return ModelConfig(

@@ -46,7 +46,9 @@ def count(config: ModelConfig, *, n_loops: int | None = None) -> Count:
     attention, n_layers = config.block.attention, config.n_layers
     # 2 FLOPs per multiply-add: every matrix once per token per application, scores and values over the mean context
     matrices = _matrices(model.prelude) + loops * (_matrices(model.core) + _matrices(model.loop_lora))
-    matrices += _matrices(model.coda) + _matrices(model.inject) + loops * _matrices(model.exit) + model.head.weight.numel()
+    matrices += (
+        _matrices(model.coda) + _matrices(model.inject) + loops * _matrices(model.exit) + model.head.weight.numel()
+    )
     contexts = [_context(config, layer_idx) for layer_idx in range(n_layers)]
     core_at = slice(config.n_prelude, config.n_prelude + config.n_core)
     seen = sum(contexts) + (loops - 1) * sum(contexts[core_at])

@@ -1,4 +1,4 @@
-"""Feed-forward parts: SwiGLU (Shazeer 2020), squared ReLU (So et al. 2021), experts (moe.py), and SwiGLU beside experts.
+"""Feed-forward parts: SwiGLU (Shazeer 2020), squared ReLU (So et al. 2021), experts (moe.py), SwiGLU beside experts.
 
 Every part maps (B, T, D) to (B, T, D) and takes the layer's shared inputs, which only a loop-aware router reads.
 """
@@ -34,7 +34,7 @@ class ReLU2Config(Config):
 
 
 class ParallelConfig(Config):
-    """dense_gate * swiglu(norm(x)) + moe_gate * moe(norm(x)), each branch with a norm and a learned scalar of its own."""
+    """dense_gate * swiglu(norm(x)) + moe_gate * moe(norm(x)), each branch with a norm and a scalar of its own."""
 
     kind: Literal["parallel"] = "parallel"
     d_ff: PositiveInt

@@ -121,7 +121,8 @@ class LoopedOutput:
 
 
 class LoopedLM(nn.Module):
-    """The whole family: which parts is the config's business, how many loops the caller's. No randomness, no training branch."""
+    """The whole family: which parts is the config's business, how many loops the caller's. No randomness, no training
+    branch."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

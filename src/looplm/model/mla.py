@@ -21,7 +21,7 @@ from looplm.model.rope import RopeConfig, apply_rope
 
 
 class MLAConfig(Config):
-    """Latent attention: every head has unturned channels from the latents and turned ones, keys' shared by all heads."""
+    """Latent attention: every head has unturned channels from the latents and turned ones, the keys' ones shared."""
 
     kind: Literal["mla"] = "mla"
     n_heads: PositiveInt

@@ -36,9 +36,9 @@ class MoEConfig(Config):
     renormalise: bool = True
     """Divide the chosen gates by their sum."""
     n_loop_embeds: PositiveInt | None = None
-    """Loops with a learned embedding that the router reads beside the token; later loops use the last. null for none."""
+    """Loops with a learned embedding that the router reads beside the token, later ones the last; null for none."""
     has_bias: bool = False
-    """Keep a bias per expert that moves the choice, not the gate (a buffer: it is no parameter and gets no gradient)."""
+    """Keep a bias per expert that moves the choice, not the gate: a buffer, which gets no gradient."""
     balance_loss: NonNegativeFloat = 0.0
     """Weight of n_experts * sum(share of tokens * mean router probability), 1 when even (Switch)."""
     z_loss: NonNegativeFloat = 0.0

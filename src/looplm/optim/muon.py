@@ -17,8 +17,8 @@ N_ITERATIONS = 5
 
 
 class Muon(Optimizer):
-                orthogonal = orthogonalize(updates.view(-1, n_rows, n_columns)).view(updates.shape)
-                torch._foreach_add_(parameters, list(orthogonal.unbind()), alpha=-rate)
+    """Matrices (R, C) and stacks of them (N, R, C) only. An update has size lr * sqrt(max(1, rows / columns)) in every
+    direction; Nesterov momentum."""
 
     def __init__(
         self, params: Iterable[nn.Parameter], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0

@@ -19,7 +19,7 @@ class NoExitConfig(Config):
 
 
 class ACTConfig(Config):
-    """Each loop halts a position with a learned probability; the output is the states' sum, weighted by when it halted."""
+    """Each loop halts a position with a learned probability; the output is the states' sum weighted by it."""
 
     kind: Literal["act"] = "act"
     threshold: float = Field(default=0.99, gt=0, le=1)
@@ -31,19 +31,6 @@ class ACTConfig(Config):
 
 
 ExitConfig = Annotated[NoExitConfig | ACTConfig, Field(discriminator="kind")]
-
-
-class NoExit(nn.Module):
-    """Keeps nothing but the newest state."""
-
-    def start(self, entry: Tensor) -> None:
-        return None
-
-    def update(self, halting: None, state: Tensor, *, is_last: bool) -> None:
-        return None
-
-    def result(self, halting: None, state: Tensor, *, losses: list[Tensor] | None) -> Tensor:
-        return state
 
 
 class Halting:
@@ -58,7 +45,22 @@ class Halting:
         self.has_halted = torch.zeros_like(self.total, dtype=torch.bool)
 
 
-class ACT(nn.Module):
+class NoExit(nn.Module):
+    """Keeps nothing but the newest state."""
+
+    def start(self, entry: Tensor) -> Halting | None:
+        """What a forward keeps from loop to loop."""
+        return None
+
+    def update(self, halting: Halting | None, state: Tensor, *, is_last: bool) -> None:
+        """Take in the state after one loop."""
+
+    def result(self, halting: Halting | None, state: Tensor, *, losses: list[Tensor] | None) -> Tensor:
+        """The output; training losses of its own are appended to `losses`."""
+        return state
+
+
+class ACT(NoExit):
     """p = sigmoid(w . state + b) per position and loop."""
 
     def __init__(self, d_model: int, config: ACTConfig) -> None:
@@ -69,8 +71,8 @@ class ACT(nn.Module):
     def start(self, entry: Tensor) -> Halting:
         return Halting(entry)
 
-    def update(self, halting: Halting, state: Tensor, *, is_last: bool) -> None:
-        """Take in the state after one loop."""
+    def update(self, halting: Halting | None, state: Tensor, *, is_last: bool) -> None:
+        assert halting is not None
         p = self.halt(state).squeeze(-1).float().sigmoid()
         running = ~halting.has_halted
         halts = halting.total + p >= self.config.threshold
@@ -84,16 +86,13 @@ class ACT(nn.Module):
         halting.total = halting.total + p * running
         halting.has_halted = halting.has_halted | (halting.total >= self.config.threshold)
 
-    def result(self, halting: Halting, state: Tensor, *, losses: list[Tensor] | None) -> Tensor:
-        """The weighted sum of the states."""
+    def result(self, halting: Halting | None, state: Tensor, *, losses: list[Tensor] | None) -> Tensor:
+        assert halting is not None
         if losses is not None and self.config.ponder_cost:
             losses.append(self.config.ponder_cost * halting.depth.mean())
         return halting.output
 
 
-Exit = NoExit | ACT
-
-
-def make_exit(d_model: int, config: NoExitConfig | ACTConfig) -> Exit:
+def make_exit(d_model: int, config: NoExitConfig | ACTConfig) -> NoExit:
     """The exit that `config` names."""
     return ACT(d_model, config) if isinstance(config, ACTConfig) else NoExit()

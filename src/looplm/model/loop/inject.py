@@ -1,8 +1,8 @@
 """How the prelude's output e enters the state at every loop.
 
-One class per kind, each with the same methods: `prepare` runs once per forward; `enter` gives the core layers their input
-at the start of every loop (state is None at the first), `leave` makes the next state of what they return; `read_out` runs
-once after the last loop.
+One class per kind, each with the same methods: `prepare` runs once per forward; `enter` gives the core layers their
+input at the start of every loop (state is None at the first), `leave` makes the next state of what they return;
+`read_out` runs once after the last loop.
 """
 
 import math
@@ -53,7 +53,7 @@ class DiagonalInjectConfig(Config):
 
 
 class LTIInjectConfig(Config):
-    """decay * state + gain * e + core(norm(state + e + loop embedding)): OpenMythos's linear time-invariant injection."""
+    """decay * state + gain * e + core(norm(state + e + loop embedding)): OpenMythos's time-invariant injection."""
 
     kind: Literal["lti"] = "lti"
     loop_embed: Literal["none", "raw", "scaled"] = "scaled"

@@ -56,7 +56,7 @@ VARIANTS: dict[str, list[str]] = {
     "moe": ["core_ffn={kind: moe, n_experts: 4, d_ff: 8, top_k: 2, n_shared: 1, has_bias: true}"],
     "moe-loops": ["core_ffn={kind: moe, n_experts: 4, d_ff: 8, top_k: 2, gate: sigmoid, n_loop_embeds: 3}"],
     "parallel": ["block.ffn={kind: parallel, d_ff: 16, moe: {n_experts: 4, d_ff: 8, top_k: 1}}"],
-    "hra": ["block.linear={kind: hra, rank: 4}"],
+    "hra": ["block.linear={kind: hra, rank: 4, scale: 0.3}"],
     "weightless": ["block.norm_weight=false", "embed_norm=true"],
     "scales": ["block.stream_scales=true", "backout=true"],
     "gate-smear": ["smear={kind: gate, n_channels: 6}"],

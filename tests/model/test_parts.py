@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from conftest import tiny_config
 from looplm.model.attention import GQA, GQAConfig, attend
 from looplm.model.init import OUTPUT_PROJECTION
 from looplm.model.layer_inputs import LayerInputs, Mask, Place, layer_inputs
@@ -153,8 +154,8 @@ def test_smear_adds_weighted_earlier_embeddings() -> None:
     torch.testing.assert_close(smear(x), expected)
 
 
-def test_scaled_init_makes_every_layer_the_identity(make_model: Callable[..., LoopedLM]) -> None:
-    model = make_model("init=scaled")
+def test_scaled_init_makes_every_layer_the_identity() -> None:
+    model = LoopedLM(tiny_config("init=scaled"))
     ids = torch.tensor([[1, 2, 3]])
     torch.testing.assert_close(model(ids, n_loops=3).hidden, model.norm(model.embed(ids)))
     zeroed = [name for name, p in model.named_parameters() if OUTPUT_PROJECTION.search(name)]

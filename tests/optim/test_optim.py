@@ -9,14 +9,14 @@ from looplm.optim.schedule import ScheduleConfig
 
 @pytest.mark.parametrize("matrices", ["muon", "adamw"])
 def test_every_parameter_is_in_exactly_one_group(matrices: str) -> None:
-    model = LoopedLM(tiny_config("inject.kind=diagonal", "smear=2"))
+    model = LoopedLM(tiny_config("inject.kind=diagonal", "smear={kind: channel, n_back: 2}"))
     optimizers = make_optimizers(model, OptimizerConfig(matrices=matrices))  # type: ignore[arg-type]
     held = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
 
 
 def test_injection_norms_and_smear_are_never_decayed() -> None:
-    model = LoopedLM(tiny_config("inject={kind: diagonal, output_map: true}", "smear=2"))
+    model = LoopedLM(tiny_config("inject={kind: diagonal, output_map: true}", "smear={kind: channel, n_back: 2}"))
     names = {id(p): name for name, p in model.named_parameters()}
     decayed = set()
     for optimizer in make_optimizers(model, OptimizerConfig(weight_decay=0.1)):

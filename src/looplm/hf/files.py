@@ -52,8 +52,9 @@ def read_foreign(system: str, path: Path, *, config: Mapping[str, Any] | None = 
         raise CheckpointError(f"no checkpoint {str(path)!r}")
     file = _file(system, path)
     held = read_tensors(file) if file.suffix == ".safetensors" else _unpickle(file)
-    state = next((held[key] for key in STATE_KEYS if isinstance(held.get(key), Mapping)), held)
-    state = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor) and tensor.numel()}
+    wrapped = [held[key] for key in STATE_KEYS if isinstance(held.get(key), Mapping)]
+    found_in: Mapping[str, Any] = wrapped[0] if wrapped else held
+    state = {name: tensor for name, tensor in found_in.items() if isinstance(tensor, Tensor) and tensor.numel()}
     if not state:
         raise CheckpointError(f"{file} holds no weights")
     found = _config(system, file, held, state)

@@ -115,9 +115,13 @@ class GQA(nn.Module):
         else:
             self.q, self.k, self.v = (make_linear(linear, d_model, width) for width in self.widths)
         self.o = make_linear(linear, self.widths[0], d_model)
-        has_norm = config.qk_norm != "none"
-        norms = (RMSNorm(config.head_dim, eps=norm_eps, has_weight=norm_weight) for _ in range(2))
-        self.q_norm, self.k_norm = norms if has_norm else (nn.Identity(), nn.Identity())
+
+        def head_norm() -> nn.Module:
+            if config.qk_norm == "none":
+                return nn.Identity()
+            return RMSNorm(config.head_dim, eps=norm_eps, has_weight=norm_weight)
+
+        self.q_norm, self.k_norm = head_norm(), head_norm()
         has_values = config.value_embed is not None and place.layer_idx % 2 == (place.n_layers - 1) % 2
         self.value_embed = None
         if has_values:

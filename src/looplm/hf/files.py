@@ -51,7 +51,7 @@ def read_foreign(system: str, path: Path, *, config: Mapping[str, Any] | None = 
     if not path.exists():
         raise CheckpointError(f"no checkpoint {str(path)!r}")
     file = _file(system, path)
-    held = read_tensors(file) if file.suffix == ".safetensors" else _unpickle(file)
+    held: dict[str, Any] = dict(read_tensors(file)) if file.suffix == ".safetensors" else _unpickle(file)
     wrapped = [held[key] for key in STATE_KEYS if isinstance(held.get(key), Mapping)]
     found_in: Mapping[str, Any] = wrapped[0] if wrapped else held
     state = {name: tensor for name, tensor in found_in.items() if isinstance(tensor, Tensor) and tensor.numel()}

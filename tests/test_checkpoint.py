@@ -54,12 +54,12 @@ def run(tmp_path: Path, tiny_reason: list[str]) -> Path:
 def test_a_checkpoint_restores_weights_optimizers_rng_and_state(
     tmp_path: Path, make_model: Callable[..., LoopedLM]
 ) -> None:
-    model = make_model("smear=1", "inject.kind=diagonal")
+    model = make_model("smear={kind: channel, n_back: 1}", "inject.kind=diagonal")
     optimizers = stepped(model)
     torch.manual_seed(99)
     save_checkpoint(tmp_path, step=3, model=model, optimizers=optimizers, state={"a": 1}, keep=1)
     expected = torch.rand(3)
-    other = make_model("smear=1", "inject.kind=diagonal", seed=5)
+    other = make_model("smear={kind: channel, n_back: 1}", "inject.kind=diagonal", seed=5)
     restored = make_optimizers(other, OptimizerConfig())
     load_checkpoint(tmp_path, model=other, optimizers=restored)
     assert read_state(tmp_path) == {"a": 1}

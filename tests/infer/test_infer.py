@@ -34,7 +34,7 @@ def test_batched_generation_equals_one_by_one_without_cache(text_variant: Looped
 
 def test_rows_that_end_leave_the_batch_and_change_nothing(make_model: Callable[..., LoopedLM]) -> None:
     """Every token is EOS for some prompt: ends come at different times, the batch shrinks several times."""
-    model = make_model("smear=1", seed=3)
+    model = make_model("smear={kind: channel, n_back: 1}", seed=3)
     prompts = [[a, b] for a in range(5, 17) for b in (1, 3)]
     free = generate(model, prompts, eos_id=-1, max_new_tokens=10)
     eos = max(range(40), key=lambda token: len({tuple(g.ids).index(token) for g in free if token in g.ids}))

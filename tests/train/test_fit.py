@@ -55,7 +55,11 @@ def assert_same_run(one: Path, two: Path) -> None:
 
 def test_a_looped_model_learns_to_copy(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = LoopedLM(tiny_config("n_prelude=0", "n_coda=0", "d_model=32", "smear=1", "init=scaled", "init_std=1.0"))
+    model = LoopedLM(
+        tiny_config(
+            "n_prelude=0", "n_coda=0", "d_model=32", "smear={kind: channel, n_back: 1}", "init=scaled", "init_std=1.0"
+        )
+    )
     plan = {"kind": "uniform", "low": 1, "high": 2}
     config = TrainConfig(steps=150, plan=plan, n_workers=0, runtime=CPU)  # type: ignore[arg-type]
     fit(model, Copying(), config, folder=tmp_path)

@@ -53,7 +53,7 @@ def by_hand(moe: MoE, token: Tensor, *, loop_idx: int) -> Tensor:
 
         out = out + gate * apply(moe.down, F.silu(apply(moe.gate, token)) * apply(moe.up, token))
     for shared in moe.shared:
-        out = out + shared(token[None])[0]
+        out = out + shared(token[None], inputs_at(loop_idx))[0]
     return out
 
 

@@ -51,9 +51,10 @@ def pack(draw: Callable[[], Document], *, n_rows: int, row_len: int, pad_id: int
     documents = np.zeros((n_rows, row_len), dtype=np.int32)  # 0 is padding
     used = np.zeros(n_rows, dtype=np.int64)
     drawn: list[Document] = []
-    while sum(len(document.ids) for document in drawn) < FILL * n_rows * row_len:
+    n_drawn, number = 0, 0
+    while n_drawn < FILL * n_rows * row_len:
         drawn.append(draw())
-    number = 0
+        n_drawn += len(drawn[-1].ids)
     for document in sorted(drawn, key=lambda document: -len(document.ids)):
         length = len(document.ids)
         fitting = np.flatnonzero(used + length <= row_len)

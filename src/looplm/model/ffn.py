@@ -15,6 +15,7 @@ from looplm.model.layer_inputs import LayerInputs
 from looplm.model.linear import LinearConfig, make_linear
 from looplm.model.moe import MoE, MoEConfig
 from looplm.model.norm import RMSNorm
+from looplm.model.swiglu import SwiGLU
 
 
 class SwiGLUConfig(Config):
@@ -46,19 +47,6 @@ class ParallelConfig(Config):
 
 
 FFNConfig = Annotated[SwiGLUConfig | ReLU2Config | MoEConfig | ParallelConfig, Field(discriminator="kind")]
-
-
-class SwiGLU(nn.Module):
-    """Gated feed-forward."""
-
-    def __init__(self, d_model: int, d_ff: int, linear: LinearConfig) -> None:
-        super().__init__()
-        self.gate = make_linear(linear, d_model, d_ff)
-        self.up = make_linear(linear, d_model, d_ff)
-        self.down = make_linear(linear, d_ff, d_model)
-
-    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class ReLU2(nn.Module):

@@ -24,10 +24,6 @@ class Place:
     n_embeddings: int
     """Rows of the token embedding, for parts with a table of their own."""
 
-    @property
-    def is_last(self) -> bool:
-        return self.layer_idx == self.n_layers - 1
-
 
 @dataclass
 class Mask:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from looplm.config import Config
 from looplm.model.layer_inputs import LayerInputs
-from looplm.model.linear import HRAConfig, LinearConfig, LowRankConfig, make_linear
+from looplm.model.linear import HRAConfig, LinearConfig, LowRankConfig
+from looplm.model.swiglu import SwiGLU
 
 
 class MoEConfig(Config):
@@ -68,19 +69,6 @@ class ExpertLinear(nn.Module):
         return y + self.scale * grouped(grouped(x, self.a, ends), self.b, ends) if self.scale else y
 
 
-class SharedExpert(nn.Module):
-    """A SwiGLU that every token goes through."""
-
-    def __init__(self, d_model: int, d_ff: int, linear: LinearConfig) -> None:
-        super().__init__()
-        self.gate = make_linear(linear, d_model, d_ff)
-        self.up = make_linear(linear, d_model, d_ff)
-        self.down = make_linear(linear, d_ff, d_model)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
 class MoE(nn.Module):
     """(B, T, D) to (B, T, D)."""
 
@@ -93,7 +81,7 @@ class MoE(nn.Module):
         self.up = ExpertLinear(config.n_experts, d_model, config.d_ff, linear=linear)
         self.down = ExpertLinear(config.n_experts, config.d_ff, d_model, linear=linear)
         shared_d_ff = config.shared_d_ff or config.d_ff
-        self.shared = nn.ModuleList(SharedExpert(d_model, shared_d_ff, linear) for _ in range(config.n_shared))
+        self.shared = nn.ModuleList(SwiGLU(d_model, shared_d_ff, linear) for _ in range(config.n_shared))
         self.register_buffer("bias", torch.zeros(config.n_experts) if config.has_bias else None)
         self.bias: Tensor | None
 
@@ -108,7 +96,7 @@ class MoE(nn.Module):
             inputs.losses.append(self.loss(logits, chosen))
         mixed = self._experts(flat, chosen, gates.to(x.dtype))
         for expert in self.shared:
-            mixed = mixed + expert(flat)
+            mixed = mixed + expert(flat, inputs)
         return mixed.view(x.shape)
 
     def route(self, flat: Tensor, loop_idx: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def load_run(run: str | Path) -> LoadedRun:
     folder = run_folder(run)
     weights = folder if (folder / MODEL).is_file() else latest_checkpoint(folder)
     config = load_yaml(folder / CONFIG)
-    model = LoopedLM(run_model_config(folder))
+    model = LoopedLM.on("cpu", run_model_config(folder), draw=False)
     with _naming_the_one_before(folder, weights):
         load_weights(model, weights / MODEL)
     return LoadedRun(model.eval(), config, weights)

@@ -62,6 +62,12 @@ def load_preset(kind: PresetKind, name_or_path: str) -> dict[str, Any]:
     return merge(load_preset(kind, base), data)
 
 
+def published_sizes(preset: str) -> dict[str, Any]:
+    """What was published about the original of a model preset (presets/published.yaml), empty where nothing was."""
+    found: dict[str, Any] = load_yaml(PRESETS / "published.yaml").get(preset, {})
+    return dict(found)
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read one YAML mapping."""
     try:

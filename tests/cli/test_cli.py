@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints, and what it says to a mistake."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,14 @@ def test_count_prints_the_published_number_and_flops_by_loops() -> None:
     counts = json.loads(succeeds("count", "nrm-0.9m", "--loops", "1,3", "--json"))
     assert [count["n_loops"] for count in counts] == [1, 3]
     assert counts[1]["flops_per_token"] > counts[0]["flops_per_token"]
+    assert re.search(r"parameters\W+920,833\W+920,833", out)  # ours, and what the card says
+
+
+def test_count_prints_published_sizes_beside_ours() -> None:
+    out = succeeds("count", "mythos-1b", "--loops", "16")
+    assert "Published: OpenMythos" in out
+    for ours, theirs in (("1,064,028,034", "1,064,028,034"), ("288", "768"), ("309,", "309.1M")):
+        assert any(ours in line and theirs in line.split(ours, 1)[1] for line in out.splitlines()), ours
 
 
 def test_config_prints_a_valid_input(tmp_path: Path) -> None:

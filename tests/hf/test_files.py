@@ -64,9 +64,22 @@ def test_openmythos_with_its_pickled_config(tmp_path: Path, mythos_class: type, 
     golden = Golden(name)
     fields = {key: value for key, value in golden.config.items() if key != "note"}
     torch.save({"step": 3, "model": golden.weights, "cfg": mythos_class(**fields)}, tmp_path / "step_3.pt")
-    sys.modules.pop("open_mythos.main")  # reading needs no module of theirs
+    sys.modules.pop("open_mythos.main")  # reading needs no module of theirs, nor does writing
     import_run("openmythos", tmp_path / "step_3.pt", out=tmp_path / "run")
     same_logits(tmp_path / "run", golden)
+    path = export_run(looplm.load(tmp_path / "run"), tmp_path / "run", system="openmythos", out=tmp_path / "back")
+    assert "open_mythos.main" not in sys.modules
+    with torch.serialization.safe_globals([(mythos_class, "open_mythos.main.MythosConfig")]):
+        held = torch.load(path, weights_only=True)
+    assert vars(held["cfg"]) == fields
+    tables = {"freqs_cis", "freqs_cis_mla", "head.weight"}  # what they expect beside what is learned
+    assert held["model"].keys() == golden.weights.keys() | tables
+    position, pair = 5, 1
+    angle = held["model"]["freqs_cis"][position, pair].angle().item()
+    head_dim = fields["dim"] // fields["n_heads"]
+    assert angle == pytest.approx(position * fields["rope_theta"] ** (-2 * pair / head_dim), rel=1e-4)
+    import_run("openmythos", path, out=tmp_path / "again")
+    same_logits(tmp_path / "again", golden)
 
 
 @pytest.mark.parametrize("name", ["mythos_gqa", "mythos_mla"])

@@ -8,6 +8,7 @@ from golden_files import SYSTEM_OF, Golden
 from looplm.data.pack import IGNORE, Batch
 from looplm.errors import CheckpointError, ConfigError
 from looplm.hf.convert import dump_foreign, load_foreign
+from looplm.model.layer_inputs import Asides
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import LoopedLM
 from looplm.train.losses import next_token_loss
@@ -61,6 +62,22 @@ def test_cached_logits_are_the_originals_too(golden: Golden) -> None:
     torch.testing.assert_close(logits, full, **CLOSE)
 
 
+@torch.inference_mode()
+def test_prefill_in_chunks_is_the_original_too(golden: Golden) -> None:
+    model = golden.load()
+    n_rows, n_tokens = golden.ids.shape
+    cache = model.new_cache(batch_size=n_rows, capacity=n_tokens)
+    padded = torch.cat([torch.full((n_rows, model.n_back), -1), golden.ids], dim=1)
+    parts = []
+    for start in range(0, n_tokens, 7):
+        end = min(start + 7, n_tokens)
+        positions = torch.arange(start, end).expand(n_rows, end - start)
+        before = padded[:, start : start + model.n_back]
+        ids = golden.ids[:, start:end]
+        parts.append(model(ids, cache=cache, positions=positions, n_keys=end, before=before).logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(golden.ids).logits, **CLOSE)
+
+
 def test_round_trip_is_exact(golden: Golden) -> None:
     dumped = dump_foreign(golden.system, golden.load())
     assert dumped.keys() == golden.weights.keys()
@@ -98,9 +115,9 @@ def test_osrt_v4_training_loss_and_router_losses_are_the_originals() -> None:
     ):
         config = golden.config | {"router_aux_loss_coeff": weights[0], "router_z_loss_coeff": weights[1]}
         model = load_foreign("osrt", golden.weights, config)
-        losses: list[Tensor] = []
-        model.hidden(golden.ids, plan=LoopPlan(3), losses=losses)
-        computed = torch.stack(losses).sum()
+        asides = Asides()
+        model.hidden(golden.ids, plan=LoopPlan(3), asides=asides)
+        computed = torch.stack(asides.losses).sum()
         if weights == (0.01, 0.001):
             computed = next_token_loss(model, Batch(golden.ids, targets), LoopPlan(3))
         torch.testing.assert_close(computed.detach(), expected, rtol=1e-5, atol=2e-5)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from conftest import tiny_config
 from looplm.errors import ConfigError
-from looplm.model.layer_inputs import LayerInputs, layer_inputs
+from looplm.model.layer_inputs import Asides, LayerInputs, layer_inputs
 from looplm.model.linear import FullConfig, HRAConfig
 from looplm.model.moe import MoE, MoEConfig
 from looplm.model.rope import RopeConfig
@@ -17,7 +17,7 @@ D = 16
 
 def make(linear: FullConfig | HRAConfig | None = None, **options: object) -> MoE:
     config = MoEConfig.model_validate({"n_experts": 5, "d_ff": 8, "top_k": 2} | options)
-    moe = MoE(D, config, linear or FullConfig())
+    moe = MoE(D, config, linear or FullConfig(), layer_idx=0)
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     if moe.bias is not None:
@@ -79,21 +79,51 @@ def test_experts_are_a_loop_over_tokens(options: dict[str, object], linear: Full
 def test_an_even_router_has_balance_loss_one_and_a_collapsed_one_more() -> None:
     moe = make(balance_loss=1.0, top_k=1, n_experts=4)
     even = torch.eye(4).repeat(5, 1) * 1e-4
-    assert moe.loss(even, even.topk(1).indices).item() == pytest.approx(1.0, abs=1e-3)
+    assert moe.loss(even, moe.load(even.topk(1).indices)).item() == pytest.approx(1.0, abs=1e-3)
     collapsed = torch.tensor([[9.0, 0, 0, 0]]).repeat(20, 1)
-    assert moe.loss(collapsed, collapsed.topk(1).indices).item() > 3.5
+    assert moe.loss(collapsed, moe.load(collapsed.topk(1).indices)).item() > 3.5
 
 
 def test_gradients_reach_experts_and_router() -> None:
     moe = make(balance_loss=0.1)
     inputs = inputs_at(0)
-    inputs.losses = []
-    (moe(torch.randn(1, 30, D), inputs).sum() + torch.stack(inputs.losses).sum()).backward()
+    inputs.asides = Asides()
+    (moe(torch.randn(1, 30, D), inputs).sum() + torch.stack(inputs.asides.losses).sum()).backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in moe.parameters())
+
+
+def test_beyond_its_capacity_an_expert_adds_nothing_and_keeps_its_largest_gates() -> None:
+    moe = make(top_k=1, n_experts=2, capacity_factor=0.5, renormalise=False)  # 5 tokens for each of 2 experts
+    x = torch.randn(1, 20, D)
+    free = moe(x, inputs_at(0))[0]
+    inputs = inputs_at(0)
+    inputs.asides = Asides()
+    limited = moe(x, inputs)[0]
+    logits = moe.route(x[0], torch.tensor(0))
+    gates, experts = logits.softmax(-1).max(-1)
+    for expert in range(2):
+        own = (experts == expert).nonzero().flatten()
+        best = own[gates[own].argsort(descending=True)[: moe.capacity(n_tokens=20)]]
+        dropped = [int(token) for token in own if token not in best]
+        torch.testing.assert_close(limited[best], free[best])
+        assert limited[dropped].abs().sum() == 0
+    ((layer_idx, load),) = inputs.asides.loads
+    assert (layer_idx, load.tolist()) == (0, [int((experts == expert).sum()) for expert in range(2)])
+
+
+def test_the_bias_moves_towards_an_even_load() -> None:
+    moe = make(has_bias=True, bias_rate=0.1, n_experts=3)
+    assert moe.bias is not None
+    torch.nn.init.zeros_(moe.bias)
+    moe.balance(torch.tensor([9, 0, 3]))
+    moe.balance(torch.tensor([4, 4, 4]))
+    torch.testing.assert_close(moe.bias, torch.tensor([-0.1, 0.1, 0.1]))
 
 
 def test_impossible_experts_are_refused() -> None:
     with pytest.raises(ConfigError, match="top_k 9 is more than n_experts 4"):
         tiny_config("core_ffn={kind: moe, n_experts: 4, d_ff: 8, top_k: 9}")
+    with pytest.raises(ConfigError, match="moves a bias that is not there"):
+        tiny_config("core_ffn={kind: moe, n_experts: 4, d_ff: 8, top_k: 1, bias_rate: 0.1}")
     with pytest.raises(ConfigError, match="do not go together"):
         tiny_config("block.linear={kind: low_rank, rank: 2}", "block.ffn={kind: moe, n_experts: 4, d_ff: 8, top_k: 1}")

@@ -186,6 +186,43 @@ def test_metrics_tell_loss_speed_and_waiting(tmp_path: Path, tiny_reason: list[s
         assert 0 <= record["waiting_share"] <= 1
 
 
+EXPERTS = [
+    "model.core_ffn={kind: moe, n_experts: 4, d_ff: 16, top_k: 2, has_bias: true, bias_rate: 0.01, balance_loss: 0.01}",
+    "model.block.ffn.d_ff=32",
+]
+
+
+def test_the_router_bias_follows_the_load_and_is_resumed(tmp_path: Path, tiny_reason: list[str]) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    start_run(resolve_run("reason", overrides=[*tiny_reason, *EXPERTS]), whole)
+
+    def interrupt(record: Record) -> None:
+        if record["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    start_run(resolve_run("reason", overrides=[*tiny_reason, *EXPERTS]), parts, observers=(interrupt,))
+    assert resume_run(parts).position.step == 6
+    assert_same_run(whole, parts)
+    bias = weights(whole)["core.0.ffn.bias"]
+    assert 0.005 < bias.abs().max() <= 0.0601
+    records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert all(1 <= record["max_load"] <= 2 for record in records)  # of 4 experts, 2 of which take all tokens at worst
+
+
+def test_recomputing_loops_trains_the_same(tmp_path: Path, tiny_reason: list[str]) -> None:
+    for name in ("kept", "recomputed"):
+        overrides = [*tiny_reason, *EXPERTS, f"train.recompute={str(name == 'recomputed').lower()}"]
+        start_run(resolve_run("reason", overrides=overrides), tmp_path / name)
+    assert_same_run(tmp_path / "kept", tmp_path / "recomputed")
+
+
+def test_compiled_experts_and_recomputed_loops_train(tmp_path: Path, tiny_reason: list[str]) -> None:
+    runtime = "train.runtime={device: cpu, precision: bf16, compile: true, n_threads: 1}"
+    plan = "train.plan={kind: uniform, low: 1, high: 3}"
+    config = resolve_run("reason", overrides=[*tiny_reason, *EXPERTS, runtime, plan, "train.recompute=true"])
+    assert 0 < start_run(config, tmp_path / "run").final_loss < 7
+
+
 def test_compiled_and_bf16_runs_train(tmp_path: Path, tiny_reason: list[str]) -> None:
     """The runtime the 15-minute recipe uses, and finite gradients under it (docs/log.md, 2026-11-21)."""
     runtime = "train.runtime={device: cpu, precision: bf16, compile: true, n_threads: 1}"

@@ -12,7 +12,7 @@ def count(
     ] = "1,2,4,8",
     json_out: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Parameters and FLOPs per token by number of loops."""
+    """Parameters, FLOPs and cache per token by number of loops, beside what was published."""
     import json
     from dataclasses import asdict
     from pathlib import Path
@@ -22,7 +22,7 @@ def count(
 
     from looplm.checkpoint import BUILTIN, run_model_config
     from looplm.cli.arguments import loop_counts
-    from looplm.config import load_preset, parse
+    from looplm.config import load_preset, parse, published_sizes
     from looplm.model.count import count as count_model
     from looplm.model.looped import ModelConfig
 
@@ -34,18 +34,31 @@ def count(
     if json_out:
         typer.echo(json.dumps([asdict(each) for each in counts]))
         return
-    first = counts[0]
+    first, default = counts[0], count_model(config)
     typer.echo(f"{model}: {first.parameters:,} parameters ({first.embedding:,} embedding, {first.core:,} in the loop)")
     if first.active < first.parameters:
         typer.echo(f"{first.active:,} active: a token is sent to some experts only")
-    table = Table("n_loops", "unrolled parameters", "FLOPs/token", "training FLOPs/token", "fp32 KV bytes/token")
+    table = Table(
+        "n_loops", "unrolled parameters", "decoding FLOPs/token", "training FLOPs/token", "fp32 KV bytes/token"
+    )
     for each in counts:
         numbers = (each.unrolled, each.flops_per_token, each.training_flops_per_token, 4 * each.kv_numbers_per_token)
         table.add_row(str(each.n_loops), *(f"{number:,}" for number in numbers))
-    Console().print(table)
+    console = Console()
+    console.print(table)
     typer.echo(
         f"FLOPs at a context of {config.seq_len // 2} tokens, half of seq_len; n_loops is {config.n_loops} by default."
     )
+    published = published_sizes(model)
+    if published:
+        source = published.pop("source")
+        beside = Table(
+            f"at {config.n_loops} loops", "ours", "published", title=f"Published: {source}", title_justify="left"
+        )
+        for name, value in published.items():
+            ours = getattr(default, name)
+            beside.add_row(name.replace("_", " "), f"{ours:,}", f"{value:,}" if isinstance(value, int) else value)
+        console.print(beside)
 
 
 def config(

@@ -28,7 +28,7 @@ def load_foreign(system: str, state_dict: Mapping[str, Tensor], config: Mapping[
         raise ConfigError(f"the {system} config lacks {error}; give all of the original's fields") from None
     except ValueError as error:
         raise ConfigError(f"the {system} config is not possible: {error}") from None
-    model = LoopedLM(ours)
+    model = LoopedLM.on("cpu", ours, draw=False)
     load_by_rules(model, table.rules(ours), table.clean(state_dict, ours), system=system)
     return model.eval()
 

@@ -5,10 +5,12 @@ place of its config. Where a file carries no config, it is told from the shapes.
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from looplm.hf.convert import dump_foreign, load_foreign
 from looplm.model.looped import LoopedLM, ModelConfig
 
 ORIGIN = "origin.json"
+MYTHOS_MODULE = "open_mythos.main"
 STATE_KEYS = ("model", "model_state_dict", "state_dict")
 
 
@@ -90,12 +93,33 @@ def export_run(model: LoopedLM, run: Path, *, system: str, out: Path) -> Path:
         write_text(out / "meta_000000.json", json.dumps({"step": 0, "model_config": known["config"]}, indent=1) + "\n")
     elif system == "openmythos":
         path = out / "model.pt"
-        torch.save({"model": state | {"head.weight": state["embed.weight"]}, "cfg": known["config"]}, path)
+        beside = {"head.weight": state["embed.weight"], **openmythos.rope_buffers(known["config"])}
+        _save_mythos(state | beside, known["config"], path)
     else:
         path = out / "model.pt"
         torch.save(state, path)
     save_file({name: tensor.clone() for name, tensor in state.items()}, out / "model.safetensors")
     return path
+
+
+def _save_mythos(state: Mapping[str, Tensor], config: Mapping[str, Any], path: Path) -> None:
+    """As OpenMythos saves: beside the weights an object of its config class, which is only named in the file. Pickle
+    wants to see the class it names, so the stub stands in its module while it writes."""
+    stub = type("MythosConfig", (), {"__module__": MYTHOS_MODULE})
+    config_object = stub()
+    config_object.__dict__.update(config)
+    package, module = ModuleType(MYTHOS_MODULE.partition(".")[0]), ModuleType(MYTHOS_MODULE)
+    module.MythosConfig = stub  # type: ignore[attr-defined]
+    before = {name: sys.modules.get(name) for name in (package.__name__, module.__name__)}
+    sys.modules |= {package.__name__: package, module.__name__: module}
+    try:
+        torch.save({"model": dict(state), "cfg": config_object}, path)
+    finally:
+        for name, original in before.items():
+            if original is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = original
 
 
 def _file(system: str, path: Path) -> Path:
@@ -111,7 +135,7 @@ def _file(system: str, path: Path) -> Path:
 
 def _unpickle(path: Path) -> dict[str, Any]:
     try:
-        with torch.serialization.safe_globals([(MythosConfigStub, "open_mythos.main.MythosConfig")]):
+        with torch.serialization.safe_globals([(MythosConfigStub, f"{MYTHOS_MODULE}.MythosConfig")]):
             held = torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from looplm.errors import CheckpointError
@@ -21,6 +22,7 @@ from looplm.model.rope import RopeConfig
 
 # Recomputed from the config, or tied: in their files, not in ours.
 DERIVED = ("freqs_cis", "freqs_cis_mla", "head.weight")
+MLA_ROPE_DIM = 64  # their default, which a config without latent attention still has
 
 
 def model_config(foreign: Mapping[str, Any]) -> ModelConfig:
@@ -117,6 +119,22 @@ def _attention_rules(config: ModelConfig, ours: str, theirs: str) -> list[Rule]:
     else:
         table = [same(f"{ours}.{name}.weight", f"{theirs}.w{name}.weight") for name in "qkv"]
     return [*table, same(f"{ours}.o.weight", f"{theirs}.wo.weight")]
+
+
+def rope_buffers(foreign: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The rotation tables that OpenMythos keeps among its weights, and misses where they are not."""
+    widths = {
+        "freqs_cis": foreign["dim"] // foreign["n_heads"],
+        "freqs_cis_mla": foreign.get("qk_rope_head_dim", MLA_ROPE_DIM),
+    }
+    positions = torch.arange(foreign["max_seq_len"], dtype=torch.float32)
+    tables = {}
+    for name, width in widths.items():
+        angles = torch.outer(
+            positions, foreign["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
+        )
+        tables[name] = torch.polar(torch.ones_like(angles), angles)
+    return tables
 
 
 def clean(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

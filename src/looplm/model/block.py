@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from looplm.config import Config
 from looplm.model.attention import GQA, GQAConfig
 from looplm.model.cache import Slot
-from looplm.model.ffn import FFNConfig, ParallelConfig, make_ffn
+from looplm.model.ffn import FFNConfig, Parallel, ParallelConfig, make_ffn
 from looplm.model.layer_inputs import LayerInputs, Place
 from looplm.model.linear import FullConfig, LinearConfig, LowRankConfig
 from looplm.model.mla import MLA, MLAConfig
-from looplm.model.moe import MoEConfig
+from looplm.model.moe import MoE, MoEConfig
 from looplm.model.norm import RMSNorm
 
 AttentionConfig = Annotated[GQAConfig | MLAConfig, Field(discriminator="kind")]
@@ -58,9 +58,15 @@ class StreamScales(nn.Module):
 
     def __init__(self, place: Place) -> None:
         super().__init__()
-        depth = place.layer_idx / max(1, place.n_layers - 1)
-        self.stream = nn.Parameter(torch.tensor(1.15 - 0.10 * depth))
-        self.first = nn.Parameter(torch.tensor(0.20 - 0.15 * depth))
+        self.depth = place.layer_idx / max(1, place.n_layers - 1)
+        self.stream = nn.Parameter(torch.empty(()))
+        self.first = nn.Parameter(torch.empty(()))
+        self.reset()
+
+    def reset(self) -> None:
+        """Early layers keep more of the stream and of its beginning."""
+        nn.init.constant_(self.stream, 1.15 - 0.10 * self.depth)
+        nn.init.constant_(self.first, 0.20 - 0.15 * self.depth)
 
     def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         assert inputs.first is not None
@@ -77,8 +83,8 @@ class ResidualAdapter(nn.Module):
         self.b = nn.Parameter(torch.empty(config.n_loops, config.rank, d_model))
 
     def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
-        loop_idx = inputs.loop_idx.clamp(max=self.config.n_loops - 1)
-        return x + self.config.scale * ((x @ self.a[loop_idx]) @ self.b[loop_idx])
+        loop_idx = inputs.loop_idx.clamp(max=self.config.n_loops - 1)[None]  # a tensor of one: no graph break
+        return x + self.config.scale * ((x @ self.a.index_select(0, loop_idx)[0]) @ self.b.index_select(0, loop_idx)[0])
 
 
 class NormOptions(TypedDict):
@@ -114,7 +120,15 @@ class Block(nn.Module):
             self.attention = MLA(d_model, config.attention, config.linear, place=place, **norms)
         else:
             self.attention = GQA(d_model, config.attention, config.linear, place=place, **norms)
-        self.ffn_norm, self.ffn = make_ffn(d_model, ffn or config.ffn, config.linear, **norms)
+        self.ffn_norm, self.ffn = make_ffn(
+            d_model, ffn or config.ffn, config.linear, layer_idx=place.layer_idx, **norms
+        )
+
+    @property
+    def moe(self) -> MoE | None:
+        """The layer's experts, if it has any."""
+        part = self.ffn.moe if isinstance(self.ffn, Parallel) else self.ffn
+        return part if isinstance(part, MoE) else None
 
     def forward(self, x: Tensor, inputs: LayerInputs, slot: Slot | None = None) -> Tensor:
         for part in self.entry:

@@ -2,9 +2,14 @@
 
 Each row of the batch has its own length, kept by the caller: keys beyond a row's length are never attended to, because
 attention masks by position. That is what lets prompts of different lengths share a batch without padding on the left.
+
+Tokens whose result was settled before the last loop stay behind: the keys of the deeper loops are computed when a later
+token runs those loops and needs them, from the state in which they were left, or never.
 """
 
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -25,6 +30,30 @@ class Slot:
         self.values.scatter_(2, index.expand(values.shape), values.to(self.values.dtype))
 
 
+@dataclass
+class Behind:
+    """Tokens as they stood before a loop that they have not run, and what that loop takes, each (B, T) or (B, T, D)."""
+
+    ids: Tensor
+    positions: Tensor
+    first: Tensor
+    entry: Tensor
+    state: Tensor
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Behind":
+        """`change` applied to every tensor."""
+        return Behind(*(change(getattr(self, field.name)) for field in fields(self)))
+
+
+def join(groups: Sequence[Behind], *, scratch: int) -> Behind:
+    """Side by side, the newest last. Padding after a short prompt has the position of a token that came later: it is
+    sent to the position `scratch`, which nobody reads."""
+    joint = Behind(*(torch.cat([getattr(group, field.name) for group in groups], dim=1) for field in fields(Behind)))
+    same = joint.positions[:, :, None] == joint.positions[:, None, :]
+    joint.positions = torch.where(same.triu(1).any(-1), scratch, joint.positions)
+    return joint
+
+
 class KVCache:
     """All slots of one batch. `n_slots` is `LoopedLM.n_slots(n_loops)`, `shapes` the attention's `slot_shapes`."""
 
@@ -41,11 +70,14 @@ class KVCache:
         self.capacity = capacity
 
         def empty(heads: int, width: int) -> Tensor:
-            return torch.zeros(batch_size, heads, capacity, width, dtype=dtype, device=device)
+            return torch.zeros(batch_size, heads, capacity + 1, width, dtype=dtype, device=device)  # + 1: `scratch`
 
         self.slots = [Slot(*(empty(*shape) for shape in shapes)) for _ in range(n_slots)]
+        self.behind: defaultdict[int, list[Behind]] = defaultdict(list)  # by the loop that they have not run
 
     def keep_rows(self, rows: Tensor) -> None:
         """Keep only these rows of the batch: finished sequences stop costing anything."""
         for slot in self.slots:
             slot.keys, slot.values = slot.keys[rows], slot.values[rows]
+        for groups in self.behind.values():
+            groups[:] = [group.each(lambda tensor: tensor[rows]) for group in groups]

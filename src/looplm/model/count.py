@@ -31,6 +31,8 @@ class Count:
     """Forward and backward with gradient through every loop: three times the forward."""
     kv_numbers_per_token: int
     """Numbers a cache keeps per token, over all slots."""
+    kv_numbers_per_layer: int
+    """Those of one slot."""
 
 
 def count(config: ModelConfig, *, n_loops: int | None = None) -> Count:
@@ -53,8 +55,19 @@ def count(config: ModelConfig, *, n_loops: int | None = None) -> Count:
     core_at = slice(config.n_prelude, config.n_prelude + config.n_core)
     seen = sum(contexts) + (loops - 1) * sum(contexts[core_at])
     flops = round(2 * matrices + 2 * attention.score_width * seen)
-    kv = model.n_slots(loops) * sum(heads * width for heads, width in attention.slot_shapes)
-    return Count(total, embedding, _size(model.core), active, active + (loops - 1) * core, loops, flops, 3 * flops, kv)
+    kv = sum(heads * width for heads, width in attention.slot_shapes)
+    return Count(
+        parameters=total,
+        embedding=embedding,
+        core=_size(model.core),
+        active=active,
+        unrolled=active + (loops - 1) * core,
+        n_loops=loops,
+        flops_per_token=flops,
+        training_flops_per_token=3 * flops,
+        kv_numbers_per_token=model.n_slots(loops) * kv,
+        kv_numbers_per_layer=kv,
+    )
 
 
 def _context(config: ModelConfig, layer_idx: int) -> float:

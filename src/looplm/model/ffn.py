@@ -65,15 +65,29 @@ class Parallel(nn.Module):
     """Dense and experts side by side; takes the stream itself, not its norm."""
 
     def __init__(
-        self, d_model: int, config: ParallelConfig, linear: LinearConfig, *, norm_eps: float, norm_weight: bool
+        self,
+        d_model: int,
+        config: ParallelConfig,
+        linear: LinearConfig,
+        *,
+        layer_idx: int,
+        norm_eps: float,
+        norm_weight: bool,
     ) -> None:
         super().__init__()
         self.dense_norm = RMSNorm(d_model, eps=norm_eps, has_weight=norm_weight)
         self.dense = SwiGLU(d_model, config.d_ff, linear)
         self.moe_norm = RMSNorm(d_model, eps=norm_eps, has_weight=norm_weight)
-        self.moe = MoE(d_model, config.moe, linear)
-        self.dense_gate = nn.Parameter(torch.tensor(config.gate_init))
-        self.moe_gate = nn.Parameter(torch.tensor(config.gate_init))
+        self.moe = MoE(d_model, config.moe, linear, layer_idx=layer_idx)
+        self.gate_init = config.gate_init
+        self.dense_gate = nn.Parameter(torch.empty(()))
+        self.moe_gate = nn.Parameter(torch.empty(()))
+        self.reset()
+
+    def reset(self) -> None:
+        """Both branches alike."""
+        for gate in (self.dense_gate, self.moe_gate):
+            nn.init.constant_(gate, self.gate_init)
 
     def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         dense = self.dense(self.dense_norm(x), inputs)
@@ -81,13 +95,14 @@ class Parallel(nn.Module):
 
 
 def make_ffn(
-    d_model: int, config: FFNConfig, linear: LinearConfig, *, norm_eps: float, norm_weight: bool
+    d_model: int, config: FFNConfig, linear: LinearConfig, *, layer_idx: int, norm_eps: float, norm_weight: bool
 ) -> tuple[nn.Module, nn.Module]:
     """(norm, part): the feed-forward that `config` names and what its input goes through first."""
     if isinstance(config, ParallelConfig):
-        return nn.Identity(), Parallel(d_model, config, linear, norm_eps=norm_eps, norm_weight=norm_weight)
+        part = Parallel(d_model, config, linear, layer_idx=layer_idx, norm_eps=norm_eps, norm_weight=norm_weight)
+        return nn.Identity(), part
     norm = RMSNorm(d_model, eps=norm_eps, has_weight=norm_weight)
     if isinstance(config, MoEConfig):
-        return norm, MoE(d_model, config, linear)
-    part = SwiGLU if isinstance(config, SwiGLUConfig) else ReLU2
-    return norm, part(d_model, config.d_ff, linear)
+        return norm, MoE(d_model, config, linear, layer_idx=layer_idx)
+    dense = SwiGLU if isinstance(config, SwiGLUConfig) else ReLU2
+    return norm, dense(d_model, config.d_ff, linear)

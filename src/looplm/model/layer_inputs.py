@@ -34,6 +34,19 @@ class Mask:
 
 
 @dataclass
+class Asides:
+    """What the parts say beside their output. Only training asks: who hands one in gets losses, loads and capacity."""
+
+    losses: list[Tensor] = field(default_factory=list)  # losses of their own, weighted
+    loads: list[tuple[int, Tensor]] = field(default_factory=list)  # (layer_idx, tokens per expert (E,)) of router calls
+
+    def extend(self, other: "Asides") -> None:
+        """Take in what another one holds."""
+        self.losses.extend(other.losses)
+        self.loads.extend(other.loads)
+
+
+@dataclass
 class LayerInputs:
     """Shared by the layers of one forward."""
 
@@ -44,7 +57,7 @@ class LayerInputs:
     loop_idx: Tensor  # 0-d int64: a tensor, so that compiled layers serve every loop
     positions: Tensor | None = None  # (B, T), with a cache only
     n_keys: int | None = None  # keys of the cache that any row can see, with a cache only
-    losses: list[Tensor] | None = None  # where parts append losses of their own, weighted; None where nobody asks
+    asides: Asides | None = None  # where parts put what they say beside their output; None where nobody asks
     first: Tensor | None = None  # (B, T, D), the stream as it entered the first layer
     streams: dict[int, Tensor] = field(default_factory=dict)  # the stream after each layer so far, by layer_idx
 
@@ -58,7 +71,7 @@ def layer_inputs(
     positions: Tensor | None = None,
     n_keys: int | None = None,
     documents: Tensor | None = None,
-    losses: list[Tensor] | None = None,
+    asides: Asides | None = None,
 ) -> LayerInputs:
     """Tables and masks for a full forward over ids (B, T) (positions None) or for ids at `positions` (B, T) of a cache.
 
@@ -84,4 +97,4 @@ def layer_inputs(
         seen = seen[:, None]
         masks[window] = Mask(seen, torch.where(seen, 0.0, -1e30).bfloat16() if writes_out else None)
     loop_idx = torch.zeros((), dtype=torch.long, device=device)
-    return LayerInputs(ids, cos, sin, masks, loop_idx, positions=positions, n_keys=n_keys, losses=losses)
+    return LayerInputs(ids, cos, sin, masks, loop_idx, positions=positions, n_keys=n_keys, asides=asides)

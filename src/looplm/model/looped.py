@@ -3,21 +3,23 @@
 Shapes: B batch, T tokens, D d_model.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from looplm.config import Config
 from looplm.errors import ConfigError, DataError
 from looplm.model.block import AdapterConfig, Block, BlockConfig
-from looplm.model.cache import KVCache, Slot
+from looplm.model.cache import Behind, KVCache, Slot, join
+from looplm.model.cross_entropy import cross_entropy, make_chunk
 from looplm.model.ffn import FFNConfig, ParallelConfig
 from looplm.model.init import init_weights
-from looplm.model.layer_inputs import LayerInputs, Place, layer_inputs
+from looplm.model.layer_inputs import Asides, LayerInputs, Place, layer_inputs
 from looplm.model.linear import LowRankConfig
 from looplm.model.loop.adapter import LoopLoRA, LoopLoRAConfig
 from looplm.model.loop.exit import ExitConfig, NoExitConfig, make_exit
@@ -26,6 +28,8 @@ from looplm.model.loop.plan import LoopPlan
 from looplm.model.moe import MoEConfig
 from looplm.model.norm import RMSNorm
 from looplm.model.smear import SmearConfig, make_smear
+
+BACKOUT_INIT = 0.2  # nanochat's
 
 
 class ModelConfig(Config):
@@ -138,12 +142,33 @@ class LoopedLM(nn.Module):
         self.loop_norm = RMSNorm(config.d_model, eps=eps, has_weight=has_weight) if config.loop_norm else nn.Identity()
         self.exit = make_exit(config.d_model, config.exit)
         self.coda = self._layers(config.n_coda, first=config.n_prelude + config.n_core)
-        self.backout = nn.Parameter(torch.tensor([0.2])) if config.backout else None
+        self.backout = nn.Parameter(torch.empty(1)) if config.backout else None
         self.norm = RMSNorm(config.d_model, eps=eps, has_weight=has_weight)
         self.head = nn.Linear(config.d_model, config.n_outputs or config.n_embeddings, bias=False)
-        if config.tied_head:
+        self.loss_chunk = make_chunk()
+        self._finish()
+
+    def _finish(self, *, draw: bool = True) -> None:
+        """Tie the head and set all weights."""
+        if self.config.tied_head:
             self.head.weight = self.embed.weight
-        init_weights(self, kind=config.init, std=config.init_std)
+        if draw:
+            init_weights(self, kind=self.config.init, std=self.config.init_std)
+
+    def reset(self) -> None:
+        """The stream's own scalar; every part resets what it holds."""
+        if self.backout is not None:
+            nn.init.constant_(self.backout, BACKOUT_INIT)
+
+    @classmethod
+    def on(cls, device: torch.device | str, config: ModelConfig, *, draw: bool = True) -> "LoopedLM":
+        """A model built on the meta device and given memory on `device` once, with fresh weights, or with `draw` false
+        with whatever the memory held, for who loads weights next."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.to_empty(device=device)
+        model._finish(draw=draw)
+        return model
 
     def _layers(self, n_layers: int, *, first: int, is_core: bool = False) -> nn.ModuleList:
         config = self.config
@@ -182,6 +207,24 @@ class LoopedLM(nn.Module):
         softcap = self.config.softcap
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
+    def cross_entropy(self, hidden: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+        """Mean cross-entropy, nats, of targets (N,) given hidden states (N, D)."""
+        weight = self.head.weight[: self.config.n_targets]
+        softcap = self.config.softcap
+        return cross_entropy(
+            hidden, weight, targets, softcap=softcap, label_smoothing=label_smoothing, chunk=self.loss_chunk
+        )
+
+    def compile_parts(self) -> None:
+        """Compile the layers and the loss, for inputs of one shape: not the unrolled loop, which takes most of a minute
+        and gains nothing."""
+        dynamo = torch._dynamo.config
+        # layers share one code object: beyond the usual limit of 8 the last ones would silently run uncompiled
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 8 + 4 * self.config.n_layers)
+        for block in self.blocks():
+            block.compile(dynamic=False)
+        self.loss_chunk = make_chunk(compiled=True)
+
     def hidden(
         self,
         ids: Tensor,
@@ -192,23 +235,28 @@ class LoopedLM(nn.Module):
         n_keys: int | None = None,
         documents: Tensor | None = None,
         before: Tensor | None = None,
-        losses: list[Tensor] | None = None,
+        asides: Asides | None = None,
         states: list[Tensor] | None = None,
     ) -> Tensor:
         """The state after coda and final norm, (B, T, D): everything but the head, so that a loss can apply the head
-        to the positions it scores and to no others. `documents` (B, T) numbers the documents packed in a row. The
-        parts' own training losses, weighted, are appended to `losses`, the state after every loop to `states`."""
+        to the positions it scores and to no others. `documents` (B, T) numbers the documents packed in a row. What
+        training wants to know of the parts is put into `asides`, the state after every loop into `states`."""
         if cache is None and ids.shape[1] > self.config.seq_len:
             raise DataError(
                 f"{ids.shape[1]} tokens do not fit the model's context of {self.config.seq_len}; shorten them"
             )
-        inputs = self.inputs(ids, positions=positions, n_keys=n_keys, documents=documents, losses=losses)
-        slots = iter(cache.slots) if cache is not None else None
+        if cache is not None and len(cache.slots) != self.n_slots(plan.n_loops):
+            raise ConfigError(
+                f"the cache has {len(cache.slots)} slots and {plan.n_loops} loops need {self.n_slots(plan.n_loops)}: "
+                "a text is continued with the number of loops that it was begun with"
+            )
+        inputs = self.inputs(ids, positions=positions, n_keys=n_keys, documents=documents, asides=asides)
+        slots = None if cache is None else cache.slots
         x = self.embed_tokens(ids, before=before, documents=documents)
         inputs.first = x
-        x = run_layers(self.prelude, x, inputs=inputs, slots=slots)
-        x = self.run_core(x, plan=plan, inputs=inputs, slots=slots, states=states)
-        x = run_layers(self.coda, x, inputs=inputs, slots=slots)
+        x = run_layers(self.prelude, x, inputs=inputs, slots=slots and slots[: self.config.n_prelude])
+        x = self.run_core(x, plan=plan, inputs=inputs, cache=cache, states=states)
+        x = run_layers(self.coda, x, inputs=inputs, slots=slots and slots[len(slots) - self.config.n_coda :])
         if self.backout is not None:
             x = x - self.backout * inputs.streams[self.config.n_layers // 2]
         return self.norm(x)
@@ -220,7 +268,7 @@ class LoopedLM(nn.Module):
         positions: Tensor | None = None,
         n_keys: int | None = None,
         documents: Tensor | None = None,
-        losses: list[Tensor] | None = None,
+        asides: Asides | None = None,
     ) -> LayerInputs:
         """What all layers share in a forward over ids (B, T)."""
         attention, n_layers = self.config.block.attention, self.config.n_layers
@@ -232,7 +280,7 @@ class LoopedLM(nn.Module):
             positions=positions,
             n_keys=n_keys,
             documents=documents,
-            losses=losses,
+            asides=asides,
         )
 
     def embed_tokens(self, ids: Tensor, *, before: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
@@ -251,31 +299,75 @@ class LoopedLM(nn.Module):
         *,
         plan: LoopPlan,
         inputs: LayerInputs,
-        slots: Iterator[Slot] | None = None,
+        cache: KVCache | None = None,
         states: list[Tensor] | None = None,
     ) -> Tensor:
-        """The loop: inject, core layers, exit, n_loops times."""
+        """The loop: inject, core layers, exit, n_loops times, or until no later loop can change the result."""
         tracking = torch.is_grad_enabled()
         entry = self.inject.prepare(entry)
         halting = self.exit.start(entry)
         state: Tensor | None = None
         for loop_idx in range(plan.n_loops):
             is_last = loop_idx == plan.n_loops - 1
-            inputs.loop_idx = torch.full_like(inputs.loop_idx, loop_idx)
-            with torch.set_grad_enabled(tracking and plan.carries_gradient(loop_idx)):
-                out = run_layers(
-                    self.core, self.inject.enter(state, entry, loop_idx=loop_idx), inputs=inputs, slots=slots
-                )
-                if self.loop_lora is not None:
-                    out = self.loop_lora(out, inputs.loop_idx)
-                state = self.inject.leave(state, entry, out)
+            carries_gradient = tracking and plan.carries_gradient(loop_idx)
+            with torch.set_grad_enabled(carries_gradient):
+                if plan.recompute and carries_gradient:
+                    state, asides = checkpoint(
+                        self.one_loop, state, entry, loop_idx, inputs, use_reentrant=False, preserve_rng_state=False
+                    )
+                elif cache is not None:
+                    state, asides = self.cached_loop(state, entry, loop_idx, inputs, cache)
+                else:
+                    state, asides = self.one_loop(state, entry, loop_idx, inputs)
+                if inputs.asides is not None and asides is not None:
+                    inputs.asides.extend(asides)
                 self.exit.update(halting, state, is_last=is_last)
                 if states is not None:
                     states.append(state)
                 if not is_last:
                     state = self.loop_norm(state)
+            if not is_last and self.backout is None and self.exit.is_settled(halting):
+                if cache is not None:
+                    cache.behind[loop_idx + 1].append(left_behind(inputs, entry, state))
+                break
         assert state is not None
-        return self.inject.read_out(self.exit.result(halting, state, losses=inputs.losses))
+        return self.inject.read_out(self.exit.result(halting, state, asides=inputs.asides))
+
+    def one_loop(
+        self,
+        state: Tensor | None,
+        entry: Tensor,
+        loop_idx: int,
+        inputs: LayerInputs,
+        slots: Sequence[Slot] | None = None,
+    ) -> tuple[Tensor, Asides | None]:
+        """The state after loop number `loop_idx`, and what its parts say beside it. Depends on nothing else."""
+        asides = None if inputs.asides is None else Asides()
+        inputs = replace(inputs, loop_idx=torch.full_like(inputs.loop_idx, loop_idx), asides=asides)
+        out = run_layers(self.core, self.inject.enter(state, entry, loop_idx=loop_idx), inputs=inputs, slots=slots)
+        if self.loop_lora is not None:
+            out = self.loop_lora(out, inputs.loop_idx)
+        return self.inject.leave(state, entry, out), asides
+
+    def cached_loop(
+        self, state: Tensor | None, entry: Tensor, loop_idx: int, inputs: LayerInputs, cache: KVCache
+    ) -> tuple[Tensor, Asides | None]:
+        """`one_loop` with the loop's slots. Earlier tokens that stopped before this loop run it now, beside the new
+        ones, whose attention needs their keys: exactly what they would have computed then."""
+        first = self.config.n_prelude + loop_idx * self.config.n_core
+        slots = cache.slots[first : first + self.config.n_core]
+        behind = cache.behind.pop(loop_idx, [])
+        if not behind or state is None:
+            return self.one_loop(state, entry, loop_idx, inputs, slots)
+        n_new = state.shape[1]
+        tokens = join([*behind, left_behind(inputs, entry, state)], scratch=cache.capacity)
+        joint = self.inputs(tokens.ids, positions=tokens.positions, n_keys=inputs.n_keys, asides=inputs.asides)
+        joint.first = tokens.first
+        out, asides = self.one_loop(tokens.state, tokens.entry, loop_idx, joint, slots)
+        if first + 2 * self.config.n_core + self.config.n_coda <= len(cache.slots):  # there is a loop after this one
+            tokens.state = self.loop_norm(out)
+            cache.behind[loop_idx + 1].append(tokens.each(lambda tensor: tensor[:, :-n_new]))
+        return out[:, -n_new:], asides
 
     @property
     def n_back(self) -> int:
@@ -297,6 +389,15 @@ class LoopedLM(nn.Module):
             device=self.embed.weight.device,
         )
 
+    def balance(self, loads: Iterable[tuple[int, Tensor]]) -> None:
+        """Move every router's bias one step towards an even load; `loads` are those of the `Asides` since the last."""
+        total: dict[int, Tensor] = {}
+        for layer_idx, load in loads:
+            total[layer_idx] = total[layer_idx] + load if layer_idx in total else load
+        for block in self.blocks():
+            if block.moe is not None and block.place.layer_idx in total:
+                block.moe.balance(total[block.place.layer_idx])
+
     def blocks(self) -> Iterator[Block]:
         """Every layer with weights of its own, in order."""
         for part in (self.prelude, self.core, self.coda):
@@ -305,10 +406,21 @@ class LoopedLM(nn.Module):
                 yield block
 
 
-def run_layers(layers: nn.ModuleList, x: Tensor, *, inputs: LayerInputs, slots: Iterator[Slot] | None) -> Tensor:
-    """Apply layers in order, each with the next cache slot."""
-    for layer in layers:
+def left_behind(inputs: LayerInputs, entry: Tensor, state: Tensor) -> Behind:
+    """The tokens of a cached forward as they stand now."""
+    assert inputs.positions is not None
+    assert inputs.first is not None
+    return Behind(inputs.ids, inputs.positions, inputs.first, entry, state)
+
+
+def run_layers(layers: nn.ModuleList, x: Tensor, *, inputs: LayerInputs, slots: Sequence[Slot] | None) -> Tensor:
+    """Apply layers in order, each with its cache slot."""
+    for number, layer in enumerate(layers):
         assert isinstance(layer, Block)
-        x = layer(x, inputs, next(slots) if slots is not None else None)
+        # a list of its own per layer: compiled code asks how long a list is before it appends
+        beside = None if inputs.asides is None else Asides()
+        x = layer(x, replace(inputs, asides=beside), None if slots is None else slots[number])
         inputs.streams[layer.place.layer_idx] = x
+        if inputs.asides is not None and beside is not None:
+            inputs.asides.extend(beside)
     return x

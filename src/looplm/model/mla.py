@@ -2,6 +2,8 @@
 
 The cache holds the normalised latent and one turned key that all heads share: kv_rank + rope_dim numbers per token, as
 many as attention needs to be exact. OpenMythos caches that key once per head.
+Decoding does not expand the cached latents to keys and values again at every token: the up projection is applied to the
+query and to the result instead (DeepSeek-V2, 2.1.2, "absorbed"), the same product in another order.
 Shapes: B batch, T tokens, S keys, H heads, N unturned width, P turned width, V value width, R latent width.
 """
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from looplm.config import Config
 from looplm.model.attention import attend
 from looplm.model.cache import Slot
-from looplm.model.layer_inputs import LayerInputs, Place
+from looplm.model.layer_inputs import LayerInputs, Mask, Place
 from looplm.model.linear import LinearConfig, make_linear
 from looplm.model.norm import RMSNorm
 from looplm.model.rope import RopeConfig, apply_rope
@@ -87,19 +89,46 @@ class MLA(nn.Module):
         config, pairing = self.config, self.config.rope.pairing
         latent_q = self.q_norm(self.q_down(x))
         q_rope = apply_rope(self._heads(self.q_up_rope(latent_q)), inputs.cos, inputs.sin, pairing=pairing)
-        q = torch.cat((self._heads(self.q_up_nope(latent_q)), q_rope), dim=-1)  # (B, H, T, N + P)
+        q_nope = self._heads(self.q_up_nope(latent_q))
         latent, key = self.kv_down(x).split((config.kv_rank, config.rope_dim), dim=-1)
         latent = self.kv_norm(latent)[:, None]  # (B, 1, T, R)
         key = apply_rope(key[:, None], inputs.cos, inputs.sin, pairing=pairing)  # (B, 1, T, P)
         if slot is not None:
             assert inputs.positions is not None
             slot.write(latent, key, inputs.positions)
-            latent, key = slot.keys[:, :, : inputs.n_keys].to(q.dtype), slot.values[:, :, : inputs.n_keys].to(q.dtype)
+            latent, key = (kept[:, :, : inputs.n_keys].to(x.dtype) for kept in (slot.keys, slot.values))
+            if self._absorbs(n_tokens=x.shape[1], n_keys=latent.shape[2]):
+                return self.o(self._absorbed(q_nope, q_rope, latent[:, 0], key[:, 0], inputs.masks[None]))
+        q = torch.cat((q_nope, q_rope), dim=-1)  # (B, H, T, N + P)
         up = self._heads(self.kv_up(latent[:, 0]))  # (B, H, S, N + V)
         k_nope, v = up.split((config.nope_dim, config.v_dim), dim=-1)
         k = torch.cat((k_nope, key.expand(-1, config.n_heads, -1, -1)), dim=-1)
         mixed = attend(q, k, v, inputs.masks[None])
         return self.o(mixed.transpose(1, 2).flatten(2))
+
+    def _absorbs(self, *, n_tokens: int, n_keys: int) -> bool:
+        """Whether the absorbed order takes fewer multiply-adds; it needs the up projection as one matrix."""
+        config = self.config
+        width = config.nope_dim + config.v_dim
+        expanded = n_keys * config.kv_rank * width + n_tokens * n_keys * (width + config.rope_dim)
+        absorbed = n_tokens * config.kv_rank * width + n_tokens * n_keys * (2 * config.kv_rank + config.rope_dim)
+        return isinstance(self.kv_up, nn.Linear) and absorbed < expanded
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, key: Tensor, mask: Mask) -> Tensor:
+        """(B, T, H * V) for queries (B, H, T, N) and (B, H, T, P), latents (B, S, R) and shared keys (B, S, P)."""
+        config, n_tokens = self.config, q_nope.shape[2]
+        assert isinstance(self.kv_up, nn.Linear)
+        assert mask.seen is not None
+        up = self.kv_up.weight.to(q_nope.dtype).view(config.n_heads, -1, config.kv_rank)
+        up_key, up_value = up.split((config.nope_dim, config.v_dim), dim=1)  # (H, N, R), (H, V, R)
+        q_latent = (q_nope @ up_key).flatten(1, 2)  # (B, H * T, R)
+        scores = q_latent @ latent.mT + q_rope.flatten(1, 2) @ key.mT  # (B, H * T, S)
+        scores = (
+            scores.view(-1, config.n_heads, n_tokens, latent.shape[1]) * (config.nope_dim + config.rope_dim) ** -0.5
+        )
+        weights = scores.float().masked_fill(~mask.seen, -torch.inf).softmax(-1).to(latent.dtype)
+        mixed = (weights.flatten(1, 2) @ latent).view(-1, config.n_heads, n_tokens, config.kv_rank)
+        return (mixed @ up_value.mT).transpose(1, 2).flatten(2)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.config.n_heads, -1)).transpose(1, 2)

@@ -1,18 +1,21 @@
 """Mixture of experts: a router sends every token to its top_k experts, each a SwiGLU; shared experts see all tokens.
 
-Tokens are sorted by expert and every projection is one grouped product (`F.grouped_mm`) over all experts: a Python loop
-over 64 experts takes 10 to 20 times as long. No token is ever dropped, so a token's output depends on no other token.
+Tokens are sorted by expert and every projection is one grouped product over all experts (grouped.py): a Python loop
+over 64 experts takes 10 to 20 times as long. At inference no token is ever dropped, so a token's output depends on no
+other token; in training a capacity may drop some.
 Shapes: B batch, T tokens, N tokens of the batch, E experts, k experts per token, D width.
 """
 
+import math
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from looplm.config import Config
+from looplm.model.grouped import combine, dispatch, grouped
 from looplm.model.layer_inputs import LayerInputs
 from looplm.model.linear import HRAConfig, LinearConfig, LowRankConfig
 from looplm.model.swiglu import SwiGLU
@@ -40,6 +43,12 @@ class MoEConfig(Config):
     """Loops with a learned embedding that the router reads beside the token, later ones the last; null for none."""
     has_bias: bool = False
     """Keep a bias per expert that moves the choice, not the gate: a buffer, which gets no gradient."""
+    bias_rate: NonNegativeFloat = 0.0
+    """Step of the bias after every update: up for experts with less than the mean load, down for the others
+    (DeepSeek-V3, 2024); 0 never moves it."""
+    capacity_factor: PositiveFloat | None = None
+    """In training an expert takes at most this many times its even share of a batch, those with the largest gates
+    (V-MoE, 2021); null for all that come. Never at inference: there, later tokens and batch mates would decide."""
     balance_loss: NonNegativeFloat = 0.0
     """Weight of n_experts * sum(share of tokens * mean router probability), 1 when even (Switch)."""
     z_loss: NonNegativeFloat = 0.0
@@ -49,6 +58,8 @@ class MoEConfig(Config):
     def _possible(self) -> "MoEConfig":
         if self.top_k > self.n_experts:
             raise ValueError(f"top_k {self.top_k} is more than n_experts {self.n_experts}")
+        if self.bias_rate and not self.has_bias:
+            raise ValueError(f"bias_rate {self.bias_rate} moves a bias that is not there: set has_bias to true")
         return self
 
 
@@ -72,9 +83,10 @@ class ExpertLinear(nn.Module):
 class MoE(nn.Module):
     """(B, T, D) to (B, T, D)."""
 
-    def __init__(self, d_model: int, config: MoEConfig, linear: LinearConfig) -> None:
+    def __init__(self, d_model: int, config: MoEConfig, linear: LinearConfig, *, layer_idx: int) -> None:
         super().__init__()
         self.config = config
+        self.layer_idx = layer_idx
         self.router = nn.Linear(d_model * (2 if config.n_loop_embeds else 1), config.n_experts, bias=False)
         self.loop_embed = nn.Embedding(config.n_loop_embeds, d_model) if config.n_loop_embeds else None
         self.gate = ExpertLinear(config.n_experts, d_model, config.d_ff, linear=linear)
@@ -85,19 +97,31 @@ class MoE(nn.Module):
         self.register_buffer("bias", torch.zeros(config.n_experts) if config.has_bias else None)
         self.bias: Tensor | None
 
+    def reset(self) -> None:
+        """No expert is preferred."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         flat = x.flatten(0, 1)  # (N, D)
         logits = self.route(flat, inputs.loop_idx)  # (N, E)
         chosen = (logits if self.bias is None else logits + self.bias).topk(self.config.top_k, dim=-1).indices  # (N, k)
-        gates = (logits.softmax(-1) if self.config.gate == "softmax" else logits.sigmoid()).gather(1, chosen)
-        if self.config.renormalise:
-            gates = gates / gates.sum(-1, keepdim=True)
-        if inputs.losses is not None:
-            inputs.losses.append(self.loss(logits, chosen))
-        mixed = self._experts(flat, chosen, gates.to(x.dtype))
+        gates = self.gates(logits, chosen)
+        load = self.load(chosen)
+        capacity = None
+        if inputs.asides is not None:
+            inputs.asides.losses.append(self.loss(logits, load))
+            inputs.asides.loads.append((self.layer_idx, load))
+            capacity = self.capacity(n_tokens=len(flat))
+        mixed = self._experts(flat, chosen, gates.to(x.dtype), load, capacity=capacity)
         for expert in self.shared:
             mixed = mixed + expert(flat, inputs)
         return mixed.view(x.shape)
+
+    def gates(self, logits: Tensor, chosen: Tensor) -> Tensor:
+        """What the outputs of the chosen experts (N, k) are multiplied with, (N, k) in fp32."""
+        gates = (logits.softmax(-1) if self.config.gate == "softmax" else logits.sigmoid()).gather(1, chosen)
+        return gates / gates.sum(-1, keepdim=True) if self.config.renormalise else gates
 
     def route(self, flat: Tensor, loop_idx: Tensor) -> Tensor:
         """Router logits (N, E) in fp32."""
@@ -107,30 +131,42 @@ class MoE(nn.Module):
             flat = torch.cat((flat, embed.to(flat.dtype).expand_as(flat)), dim=-1)
         return self.router(flat).float()
 
-    def _experts(self, flat: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-        """Sum of the chosen experts' outputs times their gates, (N, D)."""
-        order = chosen.flatten().argsort(stable=True)  # token-choices by expert
-        token = order // self.config.top_k
-        ends = self.load(chosen).cumsum(0).to(torch.int32)
-        rows = flat[token]
+    def _experts(self, flat: Tensor, chosen: Tensor, gates: Tensor, load: Tensor, *, capacity: int | None) -> Tensor:
+        """Sum of the chosen experts' outputs times their gates, (N, D); beyond `capacity` an expert adds nothing."""
+        experts, k = chosen.flatten(), self.config.top_k
+        gates = gates.flatten()
+        if capacity is None:
+            order = experts.argsort(stable=True)  # token-choices by expert
+        else:
+            order = gates.argsort(descending=True, stable=True)
+            order = order[experts[order].argsort(stable=True)]  # by expert, largest gates first
+            rank = torch.arange(len(order), device=order.device) - (load.cumsum(0) - load)[experts[order]]
+            gates = gates.index_put((order,), gates[order] * (rank < capacity))
+        inverse = order.argsort()
+        ends = load.cumsum(0).to(torch.int32)
+        rows = dispatch(flat, order, inverse, k=k)
         rows = self.down(F.silu(self.gate(rows, ends)) * self.up(rows, ends), ends)
-        rows = rows.to(gates.dtype) * gates.flatten()[order, None]
-        return torch.zeros_like(flat).index_add(0, token, rows.to(flat.dtype))
+        rows = rows.to(gates.dtype) * gates.index_select(0, order)[:, None]
+        return combine(rows, order, inverse, k=k).to(flat.dtype)
 
     def load(self, chosen: Tensor) -> Tensor:
         """Tokens sent to each expert (E,)."""
         counts = torch.zeros(self.config.n_experts, dtype=torch.long, device=chosen.device)
         return counts.scatter_add(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
 
-    def loss(self, logits: Tensor, chosen: Tensor) -> Tensor:
-        """Balance and z loss of one call, weighted."""
-        share = self.load(chosen) / chosen.numel()
+    def capacity(self, *, n_tokens: int) -> int | None:
+        """Tokens that an expert takes of a batch of `n_tokens` in training."""
+        factor = self.config.capacity_factor
+        return None if factor is None else math.ceil(factor * n_tokens * self.config.top_k / self.config.n_experts)
+
+    @torch.no_grad()
+    def balance(self, load: Tensor) -> None:
+        """Move the bias by one step, given the tokens (E,) sent to each expert since the last one."""
+        if self.bias is not None and self.config.bias_rate:
+            self.bias += self.config.bias_rate * (load.float().mean() - load).sign()
+
+    def loss(self, logits: Tensor, load: Tensor) -> Tensor:
+        """Balance and z loss of one call, weighted, given its load (E,)."""
+        share = load / load.sum()
         balance = self.config.n_experts * (share * logits.softmax(-1).mean(0)).sum()
         return self.config.balance_loss * balance + self.config.z_loss * logits.logsumexp(-1).square().mean()
-
-
-def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows of x (N, d_in) up to ends[e] times weight[e] (E, d_in, d_out): (N, d_out)."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return F.grouped_mm(x.to(dtype), weight.to(dtype), offs=ends)

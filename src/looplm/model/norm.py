@@ -15,6 +15,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size)) if has_weight else None
         self.eps = eps
 
+    def reset(self) -> None:
+        """Weights 1."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         weight = None if self.weight is None else self.weight.float()
         return F.rms_norm(x.float(), (self.size,), weight, self.eps).to(x.dtype)

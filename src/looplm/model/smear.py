@@ -45,6 +45,10 @@ class Smear(nn.Module):
         self.n_back = config.n_back
         self.weight = nn.Parameter(torch.zeros(config.n_back, d_model))
 
+    def reset(self) -> None:
+        """Nothing is taken in."""
+        nn.init.zeros_(self.weight)
+
     def forward(self, x: Tensor, *, before: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         """x (B, T, D); `before` (B, n_back, D) are the embeddings just before it, zero where there is none; tokens of
         another of the packed `documents` (B, T) are not taken in."""
@@ -64,6 +68,10 @@ class GateSmear(nn.Module):
         self.n_channels = config.n_channels
         self.gate = nn.Linear(config.n_channels, 1, bias=False)
         self.scale = nn.Parameter(torch.zeros(1))
+
+    def reset(self) -> None:
+        """Nothing is taken in."""
+        nn.init.zeros_(self.scale)
 
     def forward(self, x: Tensor, *, before: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         """As `Smear`."""

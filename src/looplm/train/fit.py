@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,8 @@ class TrainConfig(Config):
     """Steps between checkpoints, in place of the time."""
     keep: PositiveInt = 2
     """Newest checkpoints kept."""
+    recompute: bool = False
+    """Activation checkpointing: keep the state between loops only and compute each loop again in the backward pass."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Device, precision, compilation, threads."""
 
@@ -189,11 +191,12 @@ class _Fit:
         rng = np.random.default_rng([config.seed, position.step, PLAN_STREAM])
         loss = torch.zeros((), device=self.device)
         n_loops = 0
+        loads: list[tuple[int, torch.Tensor]] = []
         for batch in islice(batches, config.accumulate):
             batch = batch.to(self.device)
-            plan = config.plan.sample(rng, n_tokens=batch.ids.shape[1])
+            plan = replace(config.plan.sample(rng, n_tokens=batch.ids.shape[1]), recompute=config.recompute)
             with self.runtime.autocast():
-                part = next_token_loss(self.model, batch, plan, label_smoothing=config.label_smoothing)
+                part = next_token_loss(self.model, batch, plan, label_smoothing=config.label_smoothing, loads=loads)
             (part / config.accumulate).backward()
             loss += part.detach() / config.accumulate
             position.tokens += batch.n_tokens
@@ -209,8 +212,9 @@ class _Fit:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        self.model.balance(loads)
         position.step += 1
-        return {
+        record: Record = {
             "step": position.step,
             "tokens": position.tokens,
             "loss": float(loss),
@@ -218,6 +222,9 @@ class _Fit:
             "lr_scale": scale,
             "n_loops": n_loops / config.accumulate,
         }
+        if loads:
+            record["max_load"] = max(float(load.max() / load.float().mean()) for _, load in loads)
+        return record
 
     def _report(self, record: Record, sinks: list[Sink]) -> None:
         """Write a record everywhere. If it cannot be written, what was learned so far still is."""
@@ -253,6 +260,7 @@ class _Fit:
         config = self.config
         batch = self.source.batch(PROBE_BATCH)
         plan = config.plan.sample(np.random.default_rng(config.seed), n_tokens=batch.ids.shape[1])
+        plan = replace(plan, recompute=config.recompute)
 
         def trial(runtime: Runtime) -> None:
             with runtime.autocast():

@@ -44,13 +44,11 @@ class Runtime:
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
     def apply(self, model: LoopedLM) -> None:
-        """Move the model, set the threads, arrange compilation of the blocks (not of the unrolled loop: that takes most
-        of a minute and gains nothing)."""
+        """Move the model, set the threads, arrange compilation."""
         torch.set_num_threads(self.n_threads)
         model.to(self.device)
         if self.compile:
-            for block in model.blocks():
-                block.compile(dynamic=False)
+            model.compile_parts()
 
 
 def choose_runtime(config: RuntimeConfig, *, trial: Callable[[Runtime], None], long_run: bool) -> Runtime:

@@ -1,6 +1,8 @@
 """How the states of the loops become one output: the last one, or a halting-weighted sum (ACT, Graves 2016).
 
 A position that has halted keeps running and keeps serving keys and values to the others; only its output is settled.
+Once all have halted, the loops that are left are not run; with a cache they are made up for if a later token ever needs
+them.
 """
 
 from typing import Annotated, Literal
@@ -10,6 +12,7 @@ from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
 from looplm.config import Config
+from looplm.model.layer_inputs import Asides
 
 
 class NoExitConfig(Config):
@@ -55,8 +58,12 @@ class NoExit(nn.Module):
     def update(self, halting: Halting | None, state: Tensor, *, is_last: bool) -> None:
         """Take in the state after one loop."""
 
-    def result(self, halting: Halting | None, state: Tensor, *, losses: list[Tensor] | None) -> Tensor:
-        """The output; training losses of its own are appended to `losses`."""
+    def is_settled(self, halting: Halting | None) -> bool:
+        """Whether no later loop can change any position's output."""
+        return False
+
+    def result(self, halting: Halting | None, state: Tensor, *, asides: Asides | None) -> Tensor:
+        """The output; training losses of its own are appended to `asides`."""
         return state
 
 
@@ -86,10 +93,14 @@ class ACT(NoExit):
         halting.total = halting.total + p * running
         halting.has_halted = halting.has_halted | (halting.total >= self.config.threshold)
 
-    def result(self, halting: Halting | None, state: Tensor, *, losses: list[Tensor] | None) -> Tensor:
+    def is_settled(self, halting: Halting | None) -> bool:
         assert halting is not None
-        if losses is not None and self.config.ponder_cost:
-            losses.append(self.config.ponder_cost * halting.depth.mean())
+        return bool(halting.has_halted.all())
+
+    def result(self, halting: Halting | None, state: Tensor, *, asides: Asides | None) -> Tensor:
+        assert halting is not None
+        if asides is not None and self.config.ponder_cost:
+            asides.losses.append(self.config.ponder_cost * halting.depth.mean())
         return halting.output
 
 

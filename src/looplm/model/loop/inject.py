@@ -18,6 +18,7 @@ from looplm.model.norm import RMSNorm
 
 # exp(-x) rounds to 1 in fp32 below 6e-8; this floor keeps the decay representably below 1 whatever is learned.
 MIN_DECAY_RATE = 1e-6
+MAX_DECAY_RATE = 80.0  # and exp(-x) is 0 above 103: a channel that forgets all, and gets no gradient, for ever
 
 
 class NoInjectConfig(Config):
@@ -99,7 +100,12 @@ class GateInject(NoInject):
 
     def __init__(self, config: GateInjectConfig) -> None:
         super().__init__()
+        self.init = config.init
         self.think_gate = nn.Parameter(torch.tensor(config.init))
+
+    def reset(self) -> None:
+        """The config's initial value."""
+        nn.init.constant_(self.think_gate, self.init)
 
     def enter(self, state: Tensor | None, entry: Tensor, *, loop_idx: int) -> Tensor:
         if state is None:
@@ -116,12 +122,18 @@ class DiagonalInject(NoInject):
 
     def __init__(self, d_model: int, config: DiagonalInjectConfig, *, norm_eps: float) -> None:
         super().__init__()
-        rate = -math.log(config.decay_init)
+        self.rate_init = -math.log(config.decay_init)
         self.norm = RMSNorm(d_model, eps=norm_eps)
-        self.A_log = nn.Parameter(torch.zeros(d_model))
-        self.dt_bias = nn.Parameter(torch.full((d_model,), math.log(math.expm1(rate))))  # softplus^-1(rate)
+        self.A_log = nn.Parameter(torch.empty(d_model))
+        self.dt_bias = nn.Parameter(torch.empty(d_model))
         self.B = nn.Linear(d_model, d_model, bias=False) if config.input_map else nn.Identity()
         self.C = nn.Linear(d_model, d_model, bias=False) if config.output_map else nn.Identity()
+        self.reset()
+
+    def reset(self) -> None:
+        """The config's decay in every channel; B and C are set by `init_weights`, which draws all linears first."""
+        nn.init.zeros_(self.A_log)
+        nn.init.constant_(self.dt_bias, math.log(math.expm1(self.rate_init)))  # softplus^-1(rate)
 
     def decay(self) -> Tensor:
         """Decay per channel (D,), in fp32."""
@@ -129,10 +141,10 @@ class DiagonalInject(NoInject):
         return torch.exp(-rate.clamp(min=MIN_DECAY_RATE))
 
     def prepare(self, entry: Tensor) -> Tensor:
-        return F.softplus(self.dt_bias.float()) * self.B(self.norm(entry))
+        return (F.softplus(self.dt_bias.float()) * self.B(self.norm(entry))).to(entry.dtype)
 
     def enter(self, state: Tensor | None, entry: Tensor, *, loop_idx: int) -> Tensor:
-        return entry if state is None else self.decay() * state + entry
+        return entry if state is None else (self.decay() * state).to(entry.dtype) + entry
 
     def read_out(self, state: Tensor) -> Tensor:
         return self.C(state)
@@ -145,14 +157,21 @@ class LTIInject(NoInject):
         super().__init__()
         self.config = config
         self.norm = RMSNorm(d_model, eps=norm_eps)
-        self.log_A = nn.Parameter(torch.zeros(d_model))
-        self.log_dt = nn.Parameter(torch.zeros(1))
-        self.gain = nn.Parameter(torch.full((d_model,), 0.1))
+        self.log_A = nn.Parameter(torch.empty(d_model))
+        self.log_dt = nn.Parameter(torch.empty(1))
+        self.gain = nn.Parameter(torch.empty(d_model))
+        self.reset()
+
+    def reset(self) -> None:
+        """Decay exp(-1), gain 0.1."""
+        nn.init.zeros_(self.log_A)
+        nn.init.zeros_(self.log_dt)
+        nn.init.constant_(self.gain, 0.1)
 
     def decay(self) -> Tensor:
         """Decay per channel (D,), in fp32."""
         rate = (self.log_dt.float() + self.log_A.float()).clamp(-20, 20).exp()
-        return torch.exp(-rate.clamp(min=MIN_DECAY_RATE) if self.config.bounded_decay else -rate)
+        return torch.exp(-rate.clamp(MIN_DECAY_RATE, MAX_DECAY_RATE) if self.config.bounded_decay else -rate)
 
     def enter(self, state: Tensor | None, entry: Tensor, *, loop_idx: int) -> Tensor:
         x = (entry if state is None else state) + entry

@@ -16,10 +16,12 @@ from looplm.errors import ConfigError
 
 @dataclass(frozen=True)
 class LoopPlan:
-    """`n_loops` passes through the core, the last `n_grad` of them with gradient (None: all of them)."""
+    """`n_loops` passes through the core, the last `n_grad` of them with gradient (None: all of them). With `recompute`
+    the backward pass computes each loop again in place of keeping its activations."""
 
     n_loops: int
     n_grad: int | None = None
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         if self.n_loops < 1:

@@ -1,0 +1,50 @@
+"""Grouped products against a loop over groups, forward and backward, for every way the rows can be spread."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from looplm.model.grouped import combine, dispatch, grouped
+
+SPREADS = {
+    "even": [16] * 8,
+    "a batch and a large one": [20, 18, 22, 3, 19, 200, 21, 17],
+    "some empty": [0, 40, 0, 40, 38, 0, 42, 40],
+    "all in one": [0, 0, 120, 0, 0, 0, 0, 0],
+    "few rows": [1, 0, 0, 1, 0, 0, 1, 1],
+    "none": [0] * 8,
+}
+
+
+@pytest.mark.parametrize("loads", SPREADS.values(), ids=SPREADS)
+def test_products_and_gradients_are_those_of_a_loop(loads: list[int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(sum(loads), 6, generator=generator).requires_grad_()
+    weight = torch.randn(8, 6, 5, generator=generator).requires_grad_()
+    out_grad = torch.randn(sum(loads), 5, generator=generator)
+    ends = torch.tensor(loads).cumsum(0).int()
+    group = torch.arange(8).repeat_interleave(torch.tensor(loads))
+    expected = torch.einsum("nd,ndf->nf", x, weight[group])
+    ours = grouped(x, weight, ends)
+    torch.testing.assert_close(ours, expected)
+    for one, two in zip(
+        torch.autograd.grad(ours, (x, weight), out_grad),
+        torch.autograd.grad(expected, (x, weight), out_grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(grouped(x, weight, ends), expected)
+
+
+def test_moving_rows_to_their_groups_and_back() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(5, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    order = torch.randperm(10, generator=generator)
+    inverse = order.argsort()
+
+    def there_and_back(tokens: Tensor) -> Tensor:
+        return combine(dispatch(tokens, order, inverse, k=2).square(), order, inverse, k=2)
+
+    torch.testing.assert_close(there_and_back(tokens), 2 * tokens.square())
+    assert torch.autograd.gradcheck(there_and_back, (tokens,))

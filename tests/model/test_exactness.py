@@ -182,12 +182,30 @@ def test_a_text_is_continued_with_the_loops_it_was_begun_with(make_model: Callab
     positions = torch.arange(12).expand(3, 12)
     with pytest.raises(ConfigError, match="begun with"):
         model(IDS, n_loops=3, cache=cache, positions=positions, n_keys=12)
+    with pytest.raises(ConfigError, match="needs positions"):
+        model(IDS, n_loops=2, cache=cache)
+    with pytest.raises(DataError, match="13 tokens do not fit the cache of 12"):
+        model(IDS, n_loops=2, cache=cache, positions=positions + 1, n_keys=13)
+    with pytest.raises(ConfigError, match="recompute is for training"):
+        model(IDS, plan=LoopPlan(2, recompute=True), cache=cache, positions=positions, n_keys=12)
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [],
+        ["loop_norm=true", "adapter={rank: 2, n_loops: 2}", "block.attention.window=3"],
+        ["block.stream_scales=true", "block.attention.value_embed={n_channels: 4}"],
+        ["core_ffn={kind: moe, n_experts: 4, d_ff: 8, top_k: 2}"],
+    ],
+    ids=["plain", "norm, adapter, window", "scales, value embeddings", "experts"],
+)
 @torch.inference_mode()
-def test_settled_tokens_skip_loops_and_make_up_for_them_when_needed(make_model: Callable[..., LoopedLM]) -> None:
+def test_settled_tokens_skip_loops_and_make_up_for_them_when_needed(
+    make_model: Callable[..., LoopedLM], parts: list[str]
+) -> None:
     """Tokens that halt at different loops, prompts of different lengths: cached logits are those of a full forward."""
-    model = make_model("exit={kind: act, threshold: 0.9}", "inject.kind=add", "n_core=1")
+    model = make_model("exit={kind: act, threshold: 0.9}", "inject.kind=add", "n_core=1", *parts)
     assert isinstance(model.exit, ACT)
     torch.nn.init.constant_(model.exit.halt.bias, 0.8)
     widths: list[int] = []

@@ -49,8 +49,9 @@ def join(groups: Sequence[Behind], *, scratch: int) -> Behind:
     """Side by side, the newest last. Padding after a short prompt has the position of a token that came later: it is
     sent to the position `scratch`, which nobody reads."""
     joint = Behind(*(torch.cat([getattr(group, field.name) for group in groups], dim=1) for field in fields(Behind)))
-    same = joint.positions[:, :, None] == joint.positions[:, None, :]
-    joint.positions = torch.where(same.triu(1).any(-1), scratch, joint.positions)
+    number = torch.arange(joint.positions.shape[1], device=joint.positions.device).expand_as(joint.positions)
+    newest = number.new_zeros(len(number), scratch + 1).scatter_reduce(1, joint.positions, number, "amax")
+    joint.positions = torch.where(newest.gather(1, joint.positions) == number, joint.positions, scratch)
     return joint
 
 

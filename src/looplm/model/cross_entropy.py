@@ -4,33 +4,32 @@ The logits of one chunk are all that is ever kept, and softmax and tanh are comp
 pass (the idea of Liger Kernel, Hsu et al. 2024). Shapes: N rows, D width, V logits.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK_ROWS = 512  # of 4,096 logits: 8 MB in fp32
-NOT_SCORED = -1
+FEWEST_ROWS = 16  # fewer rows are padded to a power of two: compiled for few sizes
+LARGEST_BOUND = 40.0  # exp(-2 * 40) is a number in fp32; a larger softcap needs the row's own maximum
+NOT_SCORED = -100  # torch's own mark of a target that is not scored
 
-Chunk = Callable[[Tensor, Tensor, Tensor, Tensor, float | None, float], tuple[Tensor, Tensor]]
 
+class LossChunk:
+    """Of one chunk of rows: summed loss times `scale`, and its gradient (rows, V) by the raw logits."""
 
-def make_chunk(*, compiled: bool = False) -> Chunk:
-    """The function of one chunk: summed loss times `scale`, and its gradient (rows, V) by the raw logits."""
-    tanh_of, scored = _tanh, _scored
-    if compiled:  # apart, so that the tanh is kept and not computed again in each of the passes over a row
-        tanh_of, scored = torch.compile(_tanh, dynamic=False), torch.compile(_scored, dynamic=False)
+    def __init__(self, *, compiled: bool = False) -> None:
+        self.tanh, self.score = _tanh, _score
+        if compiled:  # apart, so that the tanh is kept and not computed again in each of the passes over a row
+            self.tanh, self.score = torch.compile(_tanh, dynamic=False), torch.compile(_score, dynamic=False)
 
-    def chunk(
-        hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, softcap: float | None, label_smoothing: float
+    def __call__(
+        self, raw: Tensor, targets: Tensor, scale: Tensor, *, softcap: float | None, label_smoothing: float
     ) -> tuple[Tensor, Tensor]:
-        raw = hidden @ weight.T
-        shaped = raw if softcap is None else tanh_of(raw, softcap)
-        return scored(shaped, targets, scale, softcap, label_smoothing, hidden.dtype)
-
-    return chunk
+        shaped = raw if softcap is None else self.tanh(raw, softcap)
+        return self.score(shaped, targets, scale, softcap, label_smoothing, raw.dtype)
 
 
 def _tanh(logits: Tensor, softcap: float) -> Tensor:
@@ -38,7 +37,7 @@ def _tanh(logits: Tensor, softcap: float) -> Tensor:
     return 1 - 2 / ((logits.float() * (2 / softcap)).exp() + 1)
 
 
-def _scored(
+def _score(
     shaped: Tensor,
     targets: Tensor,
     scale: Tensor,
@@ -47,12 +46,9 @@ def _scored(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Loss and gradient for logits, or with a softcap for their tanh."""
-    top: Tensor | float
-    if softcap is None:
-        logits = shaped.float()
-        top = logits.amax(-1, keepdim=True)
-    else:
-        logits, top = softcap * shaped, softcap  # bounded: no maximum to look for
+    logits = shaped.float() if softcap is None else softcap * shaped
+    # bounded logits need no maximum to be looked for
+    top = softcap if softcap is not None and softcap <= LARGEST_BOUND else logits.amax(-1, keepdim=True)
     weights = (logits - top).exp()
     total = weights.sum(-1, keepdim=True)
     index = targets.clamp(min=0)[:, None]
@@ -78,30 +74,33 @@ class _FromHidden(torch.autograd.Function):
         targets: Tensor,
         softcap: float | None,
         label_smoothing: float,
-        chunk: Chunk,
+        chunk: LossChunk,
     ) -> Tensor:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         n_rows = len(hidden)
-        padding = -n_rows % min(CHUNK_ROWS, n_rows)  # chunks of one size: compiled once
+        step = min(CHUNK_ROWS, max(FEWEST_ROWS, 1 << (n_rows - 1).bit_length()))
+        padding = -n_rows % step
         rows, kept = F.pad(hidden.to(dtype), (0, 0, 0, padding)), weight.to(dtype)
+        scale = 1 / (targets != NOT_SCORED).sum().float()
         targets = F.pad(targets, (0, padding), value=NOT_SCORED)
-        scale = torch.tensor(1 / n_rows, device=hidden.device)
         loss = torch.zeros((), device=hidden.device)
         grad_rows = torch.empty_like(rows)
-        grad_weight = torch.zeros_like(weight)
-        step = min(CHUNK_ROWS, n_rows)
+        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         with torch.autocast(kind, enabled=False):
             for start in range(0, len(rows), step):
                 part = slice(start, start + step)
-                value, gradient = chunk(rows[part], kept, targets[part], scale, softcap, label_smoothing)
+                value, gradient = chunk(
+                    rows[part] @ kept.T, targets[part], scale, softcap=softcap, label_smoothing=label_smoothing
+                )
                 loss += value
                 torch.mm(gradient, kept, out=grad_rows[part])
                 grad_weight += gradient.T @ rows[part]
-        ctx.save_for_backward(grad_rows[:n_rows].to(hidden.dtype), grad_weight)
+        ctx.save_for_backward(grad_rows[:n_rows].to(hidden.dtype), grad_weight.to(weight.dtype))
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad * grad_hidden, grad * grad_weight, None, None, None, None
@@ -114,9 +113,10 @@ def cross_entropy(
     *,
     softcap: float | None = None,
     label_smoothing: float = 0.0,
-    chunk: Chunk,
+    chunk: LossChunk,
 ) -> Tensor:
-    """Mean cross-entropy, nats, of targets (N,) given hidden states (N, D) and the head's weight (V, D)."""
+    """Mean cross-entropy, nats, of the targets (N,) that are not -100, given hidden states (N, D) and the head's weight
+    (V, D); NaN if there are none."""
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         loss: Tensor = _FromHidden.apply(hidden, weight, targets, softcap, label_smoothing, chunk)
         return loss

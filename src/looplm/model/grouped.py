@@ -15,6 +15,7 @@ from torch import Tensor
 FEW = 3  # groups that are not worth a batch
 ROOM = 1.5  # rows a group may have, over the mean, to go with the batch
 MULTIPLE = 16  # of rows
+WORTH_COPYING = 64  # rows per group at which copying the matrices of a part of the groups costs less than it saves
 
 
 def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -111,7 +112,8 @@ def _split(ends: Tensor) -> tuple[list[tuple[int, slice]], Batch | None]:
     room = -(-int(ROOM * n_rows / len(found)) // MULTIPLE) * MULTIPLE
     singles = [(group, rows) for group, rows in found if rows.stop - rows.start > room]
     others = [(group, rows) for group, rows in found if rows.stop - rows.start <= room]
-    if len(others) <= FEW or n_rows < 2 * len(found):
+    copies = len(others) < len(ends) and room < WORTH_COPYING
+    if len(others) <= FEW or n_rows < 2 * len(found) or copies:
         return found, None
     first = torch.tensor([rows.start for _, rows in others])[:, None]
     stop = torch.tensor([rows.stop for _, rows in others])[:, None]

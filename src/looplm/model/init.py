@@ -1,7 +1,7 @@
 """All weight initialisation. Drawn from torch's global generator: seed it before building a model."""
 
 import re
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -14,14 +14,23 @@ from looplm.model.moe import ExpertLinear
 ADAPTER_STD = 0.01
 
 
+@runtime_checkable
+class HasConstants(Protocol):
+    """A part with parameters or buffers that start at fixed values."""
+
+    def reset(self) -> None:
+        """Set those it holds itself."""
+        ...
+
+
 def init_weights(model: nn.Module, *, kind: Literal["normal", "scaled"], std: float) -> None:
     """Set every parameter and buffer, what it held before being ignored. `normal` draws every matrix from N(0, std).
     `scaled` draws linears from N(0, 1/sqrt(d_in)), embeddings from N(0, std) and sets the layers' output projections to
     zero, so that every layer starts as the identity. What is added beside a matrix (adapters, HRA) starts as nothing in
     both."""
     for module in model.modules():
-        if callable(reset := getattr(module, "reset", None)):
-            reset()
+        if isinstance(module, HasConstants):
+            module.reset()
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=std if kind == "normal" else module.in_features**-0.5)
             if module.bias is not None:

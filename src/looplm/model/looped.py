@@ -16,7 +16,7 @@ from looplm.config import Config
 from looplm.errors import ConfigError, DataError
 from looplm.model.block import AdapterConfig, Block, BlockConfig
 from looplm.model.cache import Behind, KVCache, Slot, join
-from looplm.model.cross_entropy import cross_entropy, make_chunk
+from looplm.model.cross_entropy import LossChunk, cross_entropy
 from looplm.model.ffn import FFNConfig, ParallelConfig
 from looplm.model.init import init_weights
 from looplm.model.layer_inputs import Asides, LayerInputs, Place, layer_inputs
@@ -145,7 +145,7 @@ class LoopedLM(nn.Module):
         self.backout = nn.Parameter(torch.empty(1)) if config.backout else None
         self.norm = RMSNorm(config.d_model, eps=eps, has_weight=has_weight)
         self.head = nn.Linear(config.d_model, config.n_outputs or config.n_embeddings, bias=False)
-        self.loss_chunk = make_chunk()
+        self.loss_chunk = LossChunk()
         self._finish()
 
     def _finish(self, *, draw: bool = True) -> None:
@@ -223,7 +223,7 @@ class LoopedLM(nn.Module):
         dynamo.recompile_limit = max(dynamo.recompile_limit, 8 + 4 * self.config.n_layers)
         for block in self.blocks():
             block.compile(dynamic=False)
-        self.loss_chunk = make_chunk(compiled=True)
+        self.loss_chunk = LossChunk(compiled=True)
 
     def hidden(
         self,
@@ -240,16 +240,13 @@ class LoopedLM(nn.Module):
     ) -> Tensor:
         """The state after coda and final norm, (B, T, D): everything but the head, so that a loss can apply the head
         to the positions it scores and to no others. `documents` (B, T) numbers the documents packed in a row. What
-        training wants to know of the parts is put into `asides`, the state after every loop into `states`."""
+        training wants to know of the parts is put into `asides`, the state after every loop that ran into `states`."""
         if cache is None and ids.shape[1] > self.config.seq_len:
             raise DataError(
                 f"{ids.shape[1]} tokens do not fit the model's context of {self.config.seq_len}; shorten them"
             )
-        if cache is not None and len(cache.slots) != self.n_slots(plan.n_loops):
-            raise ConfigError(
-                f"the cache has {len(cache.slots)} slots and {plan.n_loops} loops need {self.n_slots(plan.n_loops)}: "
-                "a text is continued with the number of loops that it was begun with"
-            )
+        if cache is not None:
+            self._check_cached(cache, plan=plan, positions=positions, n_keys=n_keys)
         inputs = self.inputs(ids, positions=positions, n_keys=n_keys, documents=documents, asides=asides)
         slots = None if cache is None else cache.slots
         x = self.embed_tokens(ids, before=before, documents=documents)
@@ -260,6 +257,20 @@ class LoopedLM(nn.Module):
         if self.backout is not None:
             x = x - self.backout * inputs.streams[self.config.n_layers // 2]
         return self.norm(x)
+
+    def _check_cached(self, cache: KVCache, *, plan: LoopPlan, positions: Tensor | None, n_keys: int | None) -> None:
+        """Refuse what would read or write the wrong places."""
+        if len(cache.slots) != self.n_slots(plan.n_loops):
+            raise ConfigError(
+                f"the cache has {len(cache.slots)} slots and {plan.n_loops} loops need {self.n_slots(plan.n_loops)}: "
+                "a text is continued with the number of loops that it was begun with"
+            )
+        if positions is None or n_keys is None:
+            raise ConfigError("a forward with a cache needs positions and n_keys: where its tokens stand in each row")
+        if n_keys > cache.capacity:
+            raise DataError(f"{n_keys} tokens do not fit the cache of {cache.capacity}; make it with more capacity")
+        if plan.recompute:
+            raise ConfigError("a plan with recompute is for training; with a cache nothing is computed again")
 
     def inputs(
         self,
@@ -326,12 +337,18 @@ class LoopedLM(nn.Module):
                     states.append(state)
                 if not is_last:
                     state = self.loop_norm(state)
-            if not is_last and self.backout is None and self.exit.is_settled(halting):
+            if not is_last and self.exit.is_settled(halting) and self.may_stop(inputs):
                 if cache is not None:
                     cache.behind[loop_idx + 1].append(left_behind(inputs, entry, state))
                 break
         assert state is not None
         return self.inject.read_out(self.exit.result(halting, state, asides=inputs.asides))
+
+    def may_stop(self, inputs: LayerInputs) -> bool:
+        """Whether loops after all positions have settled can be left out: nothing but the settled result is asked of
+        them. A backout reads the last loop's stream; in training, routers that learn to be even want every loop."""
+        has_balance = any(block.moe is not None and block.moe.config.is_balanced for block in self.blocks())
+        return self.backout is None and (inputs.asides is None or not has_balance)
 
     def one_loop(
         self,

@@ -121,14 +121,17 @@ class MLA(nn.Module):
         assert mask.seen is not None
         up = self.kv_up.weight.to(q_nope.dtype).view(config.n_heads, -1, config.kv_rank)
         up_key, up_value = up.split((config.nope_dim, config.v_dim), dim=1)  # (H, N, R), (H, V, R)
-        q_latent = (q_nope @ up_key).flatten(1, 2)  # (B, H * T, R)
+        # heads first: with the batch first, matmul copies the matrices once per row of the batch
+        q_latent = q_nope.transpose(0, 1).flatten(1, 2) @ up_key  # (H, B * T, R)
+        q_latent = q_latent.unflatten(1, (-1, n_tokens)).transpose(0, 1).flatten(1, 2)  # (B, H * T, R)
         scores = q_latent @ latent.mT + q_rope.flatten(1, 2) @ key.mT  # (B, H * T, S)
         scores = (
             scores.view(-1, config.n_heads, n_tokens, latent.shape[1]) * (config.nope_dim + config.rope_dim) ** -0.5
         )
         weights = scores.float().masked_fill(~mask.seen, -torch.inf).softmax(-1).to(latent.dtype)
         mixed = (weights.flatten(1, 2) @ latent).view(-1, config.n_heads, n_tokens, config.kv_rank)
-        return (mixed @ up_value.mT).transpose(1, 2).flatten(2)
+        values = mixed.transpose(0, 1).flatten(1, 2) @ up_value.mT  # (H, B * T, V)
+        return values.unflatten(1, (-1, n_tokens)).permute(1, 2, 0, 3).flatten(2)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.config.n_heads, -1)).transpose(1, 2)

@@ -62,6 +62,11 @@ class MoEConfig(Config):
             raise ValueError(f"bias_rate {self.bias_rate} moves a bias that is not there: set has_bias to true")
         return self
 
+    @property
+    def is_balanced(self) -> bool:
+        """Whether training does anything about the load or the logits."""
+        return bool(self.balance_loss or self.z_loss or self.bias_rate)
+
 
 class ExpertLinear(nn.Module):
     """One bias-free linear map per expert, (N, d_in) sorted by expert to (N, d_out); `ends` (E,) are running counts."""

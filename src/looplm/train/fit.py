@@ -223,7 +223,7 @@ class _Fit:
             "n_loops": n_loops / config.accumulate,
         }
         if loads:
-            record["max_load"] = max(float(load.max() / load.float().mean()) for _, load in loads)
+            record["max_load"] = float(torch.stack([load.max() / load.float().mean() for _, load in loads]).max())
         return record
 
     def _report(self, record: Record, sinks: list[Sink]) -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from looplm.data.pack import IGNORE, Batch
+from looplm.errors import DataError
 from looplm.model.layer_inputs import Asides
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import LoopedLM
@@ -27,6 +28,8 @@ def next_token_loss(
     scored = targets != IGNORE
     if not scored.all():
         index = torch.nonzero(scored).squeeze(1)
+        if not len(index):
+            raise DataError("no position of this batch is scored, so there is nothing to learn from it: longer rows?")
         rows, targets = rows.index_select(0, index), targets.index_select(0, index)
     loss = model.cross_entropy(rows, targets, label_smoothing=label_smoothing)
     return loss + torch.stack(asides.losses).sum() if asides.losses else loss

@@ -63,6 +63,7 @@ CHANGEABLE = tuple(
         "keep",
         "log_every",
         "n_workers",
+        "recompute",
     )
 )
 

@@ -9,7 +9,7 @@ Nothing is ever unpickled.
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -106,17 +106,23 @@ def load_weights(model: LoopedLM, path: Path) -> None:
     """Read weights into `model`, in the model's own type; missing, extra and misshapen keys are listed in one error."""
     tensors = read_tensors(path)
     own = {name: tensor for name, tensor in model.state_dict().items() if name not in tied_names(model)}
-    problems = [f"missing {name}" for name in own if name not in tensors]
-    problems += [f"unexpected {name}" for name in tensors if name not in own]
-    problems += [
-        f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
-    ]
+    problems = mismatches({name: tensor.shape for name, tensor in own.items()}, tensors)
     if problems:
         raise CheckpointError(f"{path} does not fit the model of its config: {'; '.join(problems)}")
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
+
+
+def mismatches(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor]) -> list[str]:
+    """Missing, unexpected and misshapen tensors, a phrase each."""
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in expected]
+    problems += [
+        f"{name} is {tuple(found[name].shape)}, not {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != shape
+    ]
+    return problems
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from cached import cached_logits
 from golden_files import SYSTEM_OF, Golden
 from looplm.data.pack import IGNORE, Batch
 from looplm.errors import CheckpointError, ConfigError
 from looplm.hf.convert import dump_foreign, load_foreign
 from looplm.model.layer_inputs import Asides
 from looplm.model.loop.plan import LoopPlan
-from looplm.model.looped import LoopedLM
 from looplm.train.losses import next_token_loss
 
 CLOSE = {"rtol": 0.0, "atol": 2e-5}
@@ -21,21 +21,6 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     return Golden(request.param)
 
 
-def cached_logits(model: LoopedLM, ids: Tensor, *, n_loops: int, n_first: int) -> Tensor:
-    """Logits of a prefill of n_first tokens and single-token steps from there."""
-    n_rows, n_tokens = ids.shape
-    cache = model.new_cache(batch_size=n_rows, capacity=n_tokens, n_loops=n_loops)
-    parts, start = [], 0
-    for end in range(n_first, n_tokens + 1):
-        positions = torch.arange(start, end).expand(n_rows, end - start)
-        padded = torch.cat([torch.full((n_rows, model.n_back), -1), ids], dim=1)
-        before = padded[:, start : start + model.n_back]
-        out = model(ids[:, start:end], n_loops=n_loops, cache=cache, positions=positions, n_keys=end, before=before)
-        parts.append(out.logits)
-        start = end
-    return torch.cat(parts, dim=1)
-
-
 @torch.inference_mode()
 def test_logits_are_the_originals_at_every_number_of_loops(golden: Golden) -> None:
     model = golden.load()
@@ -44,7 +29,9 @@ def test_logits_are_the_originals_at_every_number_of_loops(golden: Golden) -> No
         if key.startswith("logits"):
             n_loops = int(key.rpartition("_")[2]) if "loops" in key else model.config.n_loops
             if "cached" in key:
-                logits = cached_logits(model, golden.ids, n_loops=n_loops, n_first=16)
+                logits = cached_logits(
+                    model, golden.ids, n_loops=n_loops, chunks=[16] + [1] * (golden.ids.shape[1] - 16)
+                )
             else:
                 logits = model(golden.ids, n_loops=n_loops).logits
             torch.testing.assert_close(logits, expected, **CLOSE)
@@ -58,24 +45,17 @@ def test_cached_logits_are_the_originals_too(golden: Golden) -> None:
     ids = golden.ids[:, :200]
     full = model(ids).logits
     n_first = ids.shape[1] // 2
-    logits = cached_logits(model, ids, n_loops=model.config.n_loops, n_first=n_first)
+    logits = cached_logits(model, ids, chunks=[n_first] + [1] * (ids.shape[1] - n_first))
     torch.testing.assert_close(logits, full, **CLOSE)
 
 
 @torch.inference_mode()
 def test_prefill_in_chunks_is_the_original_too(golden: Golden) -> None:
     model = golden.load()
-    n_rows, n_tokens = golden.ids.shape
-    cache = model.new_cache(batch_size=n_rows, capacity=n_tokens)
-    padded = torch.cat([torch.full((n_rows, model.n_back), -1), golden.ids], dim=1)
-    parts = []
-    for start in range(0, n_tokens, 7):
-        end = min(start + 7, n_tokens)
-        positions = torch.arange(start, end).expand(n_rows, end - start)
-        before = padded[:, start : start + model.n_back]
-        ids = golden.ids[:, start:end]
-        parts.append(model(ids, cache=cache, positions=positions, n_keys=end, before=before).logits)
-    torch.testing.assert_close(torch.cat(parts, dim=1), model(golden.ids).logits, **CLOSE)
+    n_tokens = golden.ids.shape[1]
+    sevens = [min(7, n_tokens - start) for start in range(0, n_tokens, 7)]
+    logits = cached_logits(model, golden.ids, chunks=sevens)
+    torch.testing.assert_close(logits, model(golden.ids).logits, **CLOSE)
 
 
 def test_round_trip_is_exact(golden: Golden) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cached import cached_logits
 from looplm.errors import ConfigError, DataError
 from looplm.model.init import init_weights
 from looplm.model.layer_inputs import Asides
@@ -18,28 +19,12 @@ IDS = torch.randint(0, 40, (3, 12), generator=torch.Generator().manual_seed(7))
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-def cached_logits(model: LoopedLM, ids: Tensor, *, n_loops: int, chunks: list[int]) -> Tensor:
-    """Logits of ids fed through the cache in chunks of the given lengths."""
-    n_rows, n_tokens = ids.shape
-    assert sum(chunks) == n_tokens
-    cache = model.new_cache(batch_size=n_rows, capacity=n_tokens + 3, n_loops=n_loops)
-    parts, start, n_back = [], 0, model.n_back
-    for length in chunks:
-        positions = torch.arange(start, start + length).expand(n_rows, length)
-        before = torch.cat([torch.full((n_rows, n_back), -1), ids[:, :start]], dim=1)[:, start : start + n_back]
-        part = ids[:, start : start + length]
-        out = model(part, n_loops=n_loops, cache=cache, positions=positions, n_keys=start + length, before=before)
-        parts.append(out.logits)
-        start += length
-    return torch.cat(parts, dim=1)
-
-
 @pytest.mark.parametrize("n_loops", [1, 2, 5])
 @pytest.mark.parametrize("chunks", [[1] * 12, [7, 5], [4, 1, 1, 6]], ids=["token by token", "two chunks", "mixed"])
 @torch.inference_mode()
 def test_cached_equals_full_forward(variant: LoopedLM, n_loops: int, chunks: list[int]) -> None:
     full = variant(IDS, n_loops=n_loops).logits
-    torch.testing.assert_close(cached_logits(variant, IDS, n_loops=n_loops, chunks=chunks), full, **CLOSE)
+    torch.testing.assert_close(cached_logits(variant, IDS, n_loops=n_loops, chunks=chunks, spare=3), full, **CLOSE)
 
 
 @pytest.mark.parametrize("n_grad", [None, 2])
@@ -250,6 +235,6 @@ def test_latent_attention_is_the_same_in_both_orders(
     logits = []
     for absorbs in (True, False):
         monkeypatch.setattr(MLA, "_absorbs", lambda self, *, n_tokens, n_keys, absorbs=absorbs: absorbs)
-        logits.append(cached_logits(model, IDS, n_loops=2, chunks=[7, 3, 1, 1]))
+        logits.append(cached_logits(model, IDS, n_loops=2, chunks=[7, 3, 1, 1], spare=3))
     torch.testing.assert_close(logits[0], logits[1], **CLOSE)
     torch.testing.assert_close(logits[0], model(IDS, n_loops=2).logits, **CLOSE)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cached import cached_logits
 from looplm.config import load_preset, merge, parse, published_sizes
 from looplm.data.pack import Batch
 from looplm.model.count import count
@@ -126,29 +127,14 @@ def test_one_rope_key_is_cached_for_all_heads() -> None:
         assert ours == (288 if "1b" in name else 1088) < theirs
 
 
-def chunks(model: LoopedLM, ids: Tensor, sizes: list[int], *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Logits of a prefill in chunks."""
-    n_rows, n_tokens = ids.shape
-    cache = model.new_cache(batch_size=n_rows, capacity=n_tokens)
-    padded = torch.cat([torch.full((n_rows, model.n_back), -1), ids], dim=1)
-    parts, start = [], 0
-    for size in sizes:
-        end = start + size
-        positions = torch.arange(start, end).expand(n_rows, size)
-        before = padded[:, start : start + model.n_back]
-        out = model(ids[:, start:end], cache=cache, positions=positions, n_keys=end, before=before)
-        parts.append(out.logits)
-        start = end
-    assert start == n_tokens
-    return torch.cat(parts, dim=1)
-
-
 @pytest.mark.parametrize("name", ALL)
 @torch.inference_mode()
 def test_a_prompt_can_be_prefilled_in_chunks(name: str, make: Callable[..., LoopedLM]) -> None:
     model = make(name, fresh=False)
     ids = ids_for(model)
-    torch.testing.assert_close(chunks(model, ids, [16, 1, 20, 11]), model(ids).logits, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        cached_logits(model, ids, chunks=[16, 1, 20, 11]), model(ids).logits, rtol=1e-3, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -158,7 +144,7 @@ def test_bf16_weights_run(name: str, make: Callable[..., LoopedLM]) -> None:
     ids = ids_for(model, n_rows=1)
     expected = model(ids).logits
     model.bfloat16()
-    for logits in (model(ids).logits, chunks(model, ids, [40] + [1] * 8)):
+    for logits in (model(ids).logits, cached_logits(model, ids, chunks=[40] + [1] * 8)):
         assert logits.dtype == torch.float32
         error = (logits - expected).square().mean().sqrt() / expected.square().mean().sqrt()
         assert error < 0.1

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from looplm.checkpoint import mismatches
 from looplm.errors import CheckpointError
 from looplm.model.looped import LoopedLM
 
@@ -67,13 +68,7 @@ def load_by_rules(model: LoopedLM, rules: Iterable[Rule], state: Mapping[str, Te
     """Copy a foreign state dict into `model`. Missing, extra and misshapen keys: one error that lists them."""
     rules = list(rules)
     expected = _their_shapes(model, rules)
-    problems = [f"missing {name}" for name in expected if name not in state]
-    problems += [f"unexpected {name}" for name in state if name not in expected]
-    problems += [
-        f"{name} is {tuple(state[name].shape)}, not {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in state and state[name].shape != shape
-    ]
+    problems = mismatches(expected, state)
     if problems:
         shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise CheckpointError(

@@ -6,11 +6,13 @@ PATH is a checkout of kyegomez/OpenMythos, karpathy/nanochat or CodeHalwell/nano
 `pip install transformers`). A system whose path is not given is left out. Before anything is timed, the two models'
 logits are compared. Theirs is timed in every mode that it runs in, and the fastest counts; ours in the mode that
 `looplm train` chooses for minutes of training on a CPU (bf16 autocast, compiled blocks) and, for decoding, as `looplm
-generate` runs. Theirs and ours take turns, and a ratio is the median over the rounds. A training step is forward, cross
-entropy over all positions, backward and one AdamW update with torch's fused kernel, for both.
+generate --compile` runs; compiling is not timed, neither theirs nor ours. Theirs and ours take turns, and a ratio is
+the median over the rounds. A training step is forward, cross-entropy over all positions, backward and one AdamW update
+with torch's fused kernel, for both.
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -289,7 +291,7 @@ def compare(theirs: Callable[[], object], ours: Callable[[], object], *, rounds:
     }
 
 
-def measure(case: Case, *, rounds: int, compiles: bool, rate: float) -> dict[str, Any]:
+def measure(case: Case, *, parts: list[str], rounds: int, compiles: bool, rate: float) -> dict[str, Any]:
     """All ratios of one system."""
     generator = torch.Generator().manual_seed(0)
     n_rows, n_tokens = case.shape
@@ -302,14 +304,14 @@ def measure(case: Case, *, rounds: int, compiles: bool, rate: float) -> dict[str
         sys.exit(f"{case.name}: the two models differ by {error:.2g}; nothing was timed")
     result: dict[str, Any] = {"system": case.name, "largest_logit_difference": error}
 
-    for n_prompts in (1, 16):
+    decoder = copy.deepcopy(case.ours).eval()
+    decoder.compile_decoding()
+    for n_prompts in (1, 16) if "decode" in parts else ():
         prompt = torch.randint(0, 4000, (1, N_PROMPT), generator=generator).expand(n_prompts, -1).contiguous()
         prompts = prompt.tolist()
 
         def our_decode(prompts: list[list[int]] = prompts) -> object:
-            return generate(
-                case.ours, prompts, eos_id=-1, max_new_tokens=N_NEW, n_loops=case.n_loops, sampling=SAMPLING
-            )
+            return generate(decoder, prompts, eos_id=-1, max_new_tokens=N_NEW, n_loops=case.n_loops, sampling=SAMPLING)
 
         def their_decode(prompt: Tensor = prompt) -> object:
             with torch.inference_mode():
@@ -319,6 +321,8 @@ def measure(case: Case, *, rounds: int, compiles: bool, rate: float) -> dict[str
         result[f"decode_{n_prompts}"] = compare(their_decode, our_decode, rounds=rounds)
         show(f"{case.name}: decode {n_prompts}", result[f"decode_{n_prompts}"], target=case.targets[1])
 
+    if "train" not in parts:
+        return result
     case.theirs.train(), case.ours.train()
     best, best_mode, best_time = None, "", float("inf")
     for mode in case.modes if compiles else [mode for mode in case.modes if "compiled" not in mode]:
@@ -369,6 +373,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", help="part of a case's name: time only those")
+    parser.add_argument("--parts", nargs="+", choices=("decode", "train"), default=["decode", "train"])
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled modes of theirs")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     arguments = parser.parse_args()
@@ -395,7 +400,10 @@ def main() -> None:
     for name, build in cases:
         if arguments.only is None or arguments.only in name:
             torch.manual_seed(0)
-            results.append(measure(build(), rounds=arguments.rounds, compiles=not arguments.no_compile, rate=rate))
+            compiles = not arguments.no_compile
+            results.append(
+                measure(build(), parts=arguments.parts, rounds=arguments.rounds, compiles=compiles, rate=rate)
+            )
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 

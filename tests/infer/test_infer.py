@@ -5,7 +5,7 @@ import torch
 
 from looplm.errors import ConfigError, DataError
 from looplm.infer.engine import generate
-from looplm.infer.sampling import Sampler, SamplingConfig, keep_likely, penalise
+from looplm.infer.sampling import Sampler, SamplingConfig, keep_likely, keep_top, penalise
 from looplm.model.looped import LoopedLM
 
 PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10], [11, 12]]
@@ -90,6 +90,73 @@ def test_what_cannot_be_continued_is_refused(
         generate(make_model(), [[1]], eos_id=EOS, max_new_tokens=4, n_loops=-2)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(
+            ["smear={kind: channel, n_back: 2}", "adapter={rank: 2, n_loops: 2}", "loop_norm=true", "softcap=3"],
+            id="one",
+        ),
+        pytest.param(
+            [
+                "block.attention={kind: mla, n_heads: 2, q_rank: 8, kv_rank: 6, nope_dim: 4, rope_dim: 4, v_dim: 6}",
+                "core_ffn={kind: moe, n_experts: 4, d_ff: 8, top_k: 2, n_shared: 1, has_bias: true, n_loop_embeds: 3}",
+                "inject.kind=lti",
+                "exit={kind: act, threshold: 0.7}",
+            ],
+            id="parts",
+        ),
+        pytest.param(
+            [
+                "block.attention={kind: gqa, n_heads: 4, n_kv_heads: 2, head_dim: 8, window: 3, window_pattern: SL, "
+                "qk_norm: after_rope, value_embed: {n_channels: 4}}",
+                "block.stream_scales=true",
+                "backout=true",
+                "block.linear={kind: low_rank, rank: 4}",
+            ],
+            id="values-and-windows",
+        ),
+    ],
+)
+def test_compiled_decoding_writes_the_same_tokens(make_model: Callable[..., LoopedLM], overrides: list[str]) -> None:
+    """Batches of several sizes, prompts of several lengths, rows that end early, two numbers of loops."""
+    model, compiled = make_model(*overrides), make_model(*overrides)
+    compiled.compile_decoding()
+    for n_loops in (2, 3):
+        plain = generate(model, PROMPTS, eos_id=EOS, max_new_tokens=20, n_loops=n_loops)
+        assert generate(compiled, PROMPTS, eos_id=EOS, max_new_tokens=20, n_loops=n_loops) == plain
+    alone = generate(compiled, PROMPTS[2:3], eos_id=EOS, max_new_tokens=20, n_loops=3)
+    assert alone == plain[2:3]
+    assert compiled.one_token is not None
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], weight, atol=0, rtol=0)
+
+
+def test_what_is_compiled_for_one_model_does_not_serve_another(make_model: Callable[..., LoopedLM]) -> None:
+    """Like shapes, other weights, another constant."""
+    for seed, eps in ((0, 1e-6), (1, 0.5)):
+        model, compiled = (make_model(f"block.norm_eps={eps}", seed=seed) for _ in range(2))
+        compiled.compile_decoding()
+        plain = generate(model, PROMPTS[:2], eos_id=EOS, max_new_tokens=20)
+        assert generate(compiled, PROMPTS[:2], eos_id=EOS, max_new_tokens=20) == plain
+
+
+def test_compiling_without_a_compiler_is_refused(
+    make_model: Callable[..., LoopedLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match="needs a C"):
+        make_model().compile_decoding()
+
+
+def test_a_compiled_model_fills_its_context_and_no_more(make_model: Callable[..., LoopedLM]) -> None:
+    model, compiled = make_model("seq_len=10"), make_model("seq_len=10")
+    compiled.compile_decoding()
+    whole = generate(model, [[1, 2, 3], [4]], eos_id=-1, max_new_tokens=50)
+    assert generate(compiled, [[1, 2, 3], [4]], eos_id=-1, max_new_tokens=50) == whole
+    assert len(whole[0].ids) == 7
+
+
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
 
 
@@ -99,7 +166,10 @@ def kept(config: SamplingConfig) -> list[int]:
 
 def test_top_k_top_p_and_min_p_keep_what_they_say() -> None:
     probabilities = LOGITS.softmax(-1)[0]  # 0.644 0.237 0.087 0.032
-    assert kept(SamplingConfig(temperature=1.0, top_k=2)) == [0, 1]
+    logits, ids = keep_top(torch.tensor([[0.0, 3.0, 1.0, 3.0, 2.0]]), 3)
+    assert ids is not None
+    assert (logits.tolist(), ids.tolist()) == ([[3.0, 3.0, 2.0]], [[1, 3, 4]])
+    assert keep_top(LOGITS, 4) == (LOGITS, None)
     assert kept(SamplingConfig(temperature=1.0, top_p=0.6)) == [0]
     assert kept(SamplingConfig(temperature=1.0, top_p=0.7)) == [0, 1]
     assert kept(SamplingConfig(temperature=1.0, top_p=1e-9)) == [0]
@@ -110,6 +180,15 @@ def test_top_k_top_p_and_min_p_keep_what_they_say() -> None:
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits() -> None:
     assert penalise(LOGITS, [[0, 3, 3]], 2.0).tolist() == [[1.0, 1.0, 0.0, -2.0]]
+
+
+def test_a_draw_among_the_likeliest_is_the_draw_without_the_others() -> None:
+    n = 200
+    logits = torch.tensor([[-50.0, 1.0, -60.0, 0.5, 2.0]]).expand(n, 5)
+    rows, contexts = list(range(n)), [[]] * n
+    alone = Sampler(SamplingConfig(temperature=1.0, top_k=3), n_rows=n).choose(logits, rows=rows, contexts=contexts)
+    assert alone == Sampler(SamplingConfig(temperature=1.0), n_rows=n).choose(logits, rows=rows, contexts=contexts)
+    assert set(alone) == {1, 3, 4}
 
 
 def test_draws_follow_the_distribution() -> None:

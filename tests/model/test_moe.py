@@ -74,6 +74,10 @@ def test_experts_are_a_loop_over_tokens(options: dict[str, object], linear: Full
         out = moe(x, inputs_at(loop_idx))
         expected = torch.stack([torch.stack([by_hand(moe, t, loop_idx=loop_idx) for t in row]) for row in x])
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        for n_tokens in (1, 5, 14):  # at inference: by choice, by choice or sorted, by expert
+            with torch.inference_mode():
+                few = moe(x.flatten(0, 1)[None, :n_tokens], inputs_at(loop_idx))
+            torch.testing.assert_close(few, expected.flatten(0, 1)[None, :n_tokens], rtol=1e-4, atol=1e-5)
 
 
 def test_an_even_router_has_balance_loss_one_and_a_collapsed_one_more() -> None:

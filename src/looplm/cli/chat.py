@@ -40,10 +40,14 @@ class StepPrinter:
         sys.stdout.flush()
 
 
-def run_chat(run: str, *, n_loops: int | None, sampling: SamplingConfig) -> None:
+def run_chat(run: str, *, n_loops: int | None, sampling: SamplingConfig, compiled: bool = False) -> None:
     """Read questions until the end of input, /quit or Ctrl-C."""
     torch.set_num_threads(1)
     reasoner = load_reasoner(run)
+    if compiled:
+        reasoner.model.compile_decoding()
+        note = "The first answer waits ten seconds or more for the compiler, and the first after each /loops."
+        typer.secho(note, dim=True, err=True)
     loops = LoopPlan(n_loops if n_loops is not None else reasoner.model.config.n_loops).n_loops
     parameters = sum(parameter.numel() for parameter in reasoner.model.parameters())
     if sys.stdin.isatty():

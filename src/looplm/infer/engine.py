@@ -15,6 +15,7 @@ from looplm.model.looped import LoopedLM
 
 # Dropping finished rows copies the whole cache: worth it once a quarter of the batch has finished.
 SHRINK_BELOW = 0.75
+MIN_CAPACITY = 64  # of a compiled model's cache, doubled until it holds the longest row
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,20 @@ def generate(
     sampling: SamplingConfig | None = None,
     on_token: OnToken | None = None,
 ) -> list[Generation]:
-    """Continue every prompt until EOS, `max_new_tokens` or the model's seq_len. Greedy unless `sampling` is given."""
+    """Continue every prompt until EOS, `max_new_tokens` or the model's seq_len. Greedy unless `sampling` is given.
+
+    A model whose decoding is compiled (`LoopedLM.compile_decoding`) keeps its shapes: finished rows stay in the batch,
+    and the cache has one of a few capacities, all of which attention looks at.
+    """
     plan = LoopPlan(model.config.n_loops if n_loops is None else n_loops)
     check_prompts(prompts, model=model, max_new_tokens=max_new_tokens)
     device = model.embed.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    capacity = min(int(lengths.max()) + max_new_tokens, model.config.seq_len)
+    is_compiled = model.one_token is not None
+    capacity = int(lengths.max()) + max_new_tokens
+    if is_compiled:
+        capacity = max(MIN_CAPACITY, 2 ** (capacity - 1).bit_length())
+    capacity = min(capacity, model.config.seq_len)
     cache = model.new_cache(batch_size=len(prompts), capacity=capacity, n_loops=plan.n_loops)
     sampler = Sampler(sampling or SamplingConfig(), n_rows=len(prompts))
     contexts = [list(prompt) for prompt in prompts]
@@ -64,17 +73,17 @@ def generate(
         if not active or n_new == max_new_tokens:
             break
         tokens = torch.tensor(chosen, device=device)
-        if len(active) < SHRINK_BELOW * len(rows):
+        if len(active) < SHRINK_BELOW * len(rows) and not is_compiled:
             still_open = set(active)
             kept = torch.tensor([index for index, row in enumerate(rows) if row in still_open], device=device)
             cache.keep_rows(kept)
             tokens, lengths, rows = tokens[kept], lengths[kept], active
-        longest = max(len(contexts[row]) for row in active)
+        n_keys = capacity if is_compiled else max(len(contexts[row]) for row in active)
         before = previous_ids([contexts[row][:-1] for row in rows], n_back=model.n_back).to(device)
         # finished rows that still sit in the batch write over their last place: harmless, nobody reads them
         positions = lengths.clamp(max=capacity - 1)[:, None]
         hidden = model.hidden(
-            tokens[:, None], plan=plan, cache=cache, positions=positions, n_keys=longest, before=before
+            tokens[:, None], plan=plan, cache=cache, positions=positions, n_keys=n_keys, before=before
         )
         logits = next_token_logits(model, hidden[:, -1])
         lengths = lengths + 1

@@ -49,12 +49,23 @@ class Sampler:
             logits = penalise(logits, contexts, config.repetition_penalty)
         if config.temperature == 0:
             return logits.argmax(dim=-1).tolist()
-        weights = keep_likely(logits / config.temperature, config).softmax(-1).cpu()
+        logits, ids = keep_top(logits / config.temperature, config.top_k)
+        weights = keep_likely(logits, config).softmax(-1).cpu()
         # inverse of the cumulative distribution at one uniform number per row
         drawn = torch.stack([torch.rand((), generator=self._generators[row], dtype=torch.float64) for row in rows])
         cumulative = weights.double().cumsum(-1)
         chosen = torch.searchsorted(cumulative, (drawn * cumulative[:, -1])[:, None], right=True).squeeze(1)
-        return chosen.clamp(max=logits.shape[-1] - 1).tolist()
+        chosen = chosen.clamp(max=logits.shape[-1] - 1)
+        return (chosen if ids is None else ids.cpu().gather(1, chosen[:, None]).squeeze(1)).tolist()
+
+
+def keep_top(logits: Tensor, top_k: int | None) -> tuple[Tensor, Tensor | None]:
+    """The top_k largest logits (B, k) of (B, V) and their ids, in the order of the ids; all of them and None where that
+    is no fewer."""
+    if top_k is None or top_k >= logits.shape[-1]:
+        return logits, None
+    ids = logits.topk(top_k, dim=-1, sorted=False).indices.sort(dim=-1).values
+    return logits.gather(1, ids), ids
 
 
 def penalise(logits: Tensor, contexts: list[list[int]], penalty: float) -> Tensor:
@@ -68,10 +79,7 @@ def penalise(logits: Tensor, contexts: list[list[int]], penalty: float) -> Tenso
 
 
 def keep_likely(logits: Tensor, config: SamplingConfig) -> Tensor:
-    """Set the logits that top-k, min-p or top-p rule out to -inf, in that order; the likeliest always stays."""
-    if config.top_k is not None and config.top_k < logits.shape[-1]:
-        smallest = logits.topk(config.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    """Set the logits that min-p or top-p rule out to -inf, in that order; the likeliest always stays."""
     if config.min_p > 0:
         probabilities = logits.softmax(-1)
         floor = config.min_p * probabilities.amax(-1, keepdim=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from looplm.config import Config
 from looplm.model.cache import Slot
 from looplm.model.layer_inputs import LayerInputs, Mask, Place
-from looplm.model.linear import LinearConfig, make_linear
+from looplm.model.linear import LinearConfig, join_weights, make_linear, together
 from looplm.model.norm import RMSNorm
 from looplm.model.rope import RopeConfig, apply_rope
 
@@ -134,7 +134,8 @@ class GQA(nn.Module):
             )
 
     def forward(self, x: Tensor, inputs: LayerInputs, slot: Slot | None = None) -> Tensor:
-        q, k, v = self.qkv(x).split(self.widths, dim=-1) if self.config.fused_qkv else (self.q(x), self.k(x), self.v(x))
+        fused = self.config.fused_qkv
+        q, k, v = self.qkv(x).split(self.widths, dim=-1) if fused else together(x, self.q, self.k, self.v)
         q, k = self._turned(q, self.q_norm, inputs), self._turned(k, self.k_norm, inputs)  # (B, H, T, K)
         v = self._heads(v)
         if self.value_embed is not None:
@@ -148,6 +149,11 @@ class GQA(nn.Module):
             k, v = k.repeat_interleave(n_groups, dim=1), v.repeat_interleave(n_groups, dim=1)
         mixed = attend(q, k, v, inputs.masks[self.window])
         return self.o(mixed.transpose(1, 2).flatten(2))
+
+    def lay_out(self) -> None:
+        """One product for all projections of a token."""
+        join_weights(self.qkv) if self.config.fused_qkv else join_weights(self.q, self.k, self.v)
+        join_weights(self.o)
 
     def _turned(self, x: Tensor, norm: nn.Module, inputs: LayerInputs) -> Tensor:
         """Queries or keys by head, normalised and turned by their positions."""
@@ -165,6 +171,9 @@ class GQA(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float | None = None) -> Tensor:
     """softmax(q k^T * scale) v over (B, H, T, K); scale is 1 / sqrt(K) unless given."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.shape[2] == 1 and mask.seen is not None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        scores = (q @ k.transpose(-1, -2)).float() * scale  # compiled, loops that run into each other
+        return scores.masked_fill(~mask.seen, -torch.inf).softmax(-1).to(v.dtype) @ v
     if mask.bias is None:
         is_causal = mask.seen is None
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.seen, is_causal=is_causal, scale=scale)

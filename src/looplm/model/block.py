@@ -84,7 +84,8 @@ class ResidualAdapter(nn.Module):
 
     def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         loop_idx = inputs.loop_idx.clamp(max=self.config.n_loops - 1)[None]  # a tensor of one: no graph break
-        return x + self.config.scale * ((x @ self.a.index_select(0, loop_idx)[0]) @ self.b.index_select(0, loop_idx)[0])
+        a, b = self.a.index_select(0, loop_idx), self.b.index_select(0, loop_idx)  # (1, D, rank), (1, rank, D)
+        return x + self.config.scale * (x.flatten(0, 1)[None] @ a @ b).view_as(x)
 
 
 class NormOptions(TypedDict):

@@ -25,9 +25,10 @@ class Slot:
 
     def write(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Store (B, H_kv, T, K) at positions (B, T), in place."""
-        index = positions[:, None, :, None]
-        self.keys.scatter_(2, index.expand(keys.shape), keys.to(self.keys.dtype))
-        self.values.scatter_(2, index.expand(values.shape), values.to(self.values.dtype))
+        rows = torch.arange(len(positions), device=positions.device)[:, None, None]
+        for kept, new in ((self.keys, keys), (self.values, values)):
+            heads = torch.arange(kept.shape[1], device=kept.device)[:, None]
+            kept.index_put_((rows, heads, positions[:, None]), new.to(kept.dtype))  # compiled, a scatter copies it all
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from looplm.config import Config
 from looplm.model.layer_inputs import LayerInputs
-from looplm.model.linear import LinearConfig, make_linear
+from looplm.model.linear import LinearConfig, join_weights, make_linear
 from looplm.model.moe import MoE, MoEConfig
 from looplm.model.norm import RMSNorm
 from looplm.model.swiglu import SwiGLU
@@ -59,6 +59,11 @@ class ReLU2(nn.Module):
 
     def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         return self.down(F.relu(self.up(x)).square())
+
+    def lay_out(self) -> None:
+        """Weights by column."""
+        join_weights(self.up)
+        join_weights(self.down)
 
 
 class Parallel(nn.Module):

@@ -69,3 +69,26 @@ def make_linear(config: FullConfig | LowRankConfig | HRAConfig, d_in: int, d_out
     if isinstance(config, HRAConfig):
         return HRALinear(d_in, d_out, config=config)
     return nn.Linear(d_in, d_out, bias=False)
+
+
+def together(x: Tensor, *maps: nn.Module) -> tuple[Tensor, ...]:
+    """What each of several linear maps makes of x: by one product where `join_weights` has put them side by side."""
+    joined = getattr(maps[0], "joined", None)
+    if joined is None:
+        return tuple(part(x) for part in maps)
+    return (x @ joined).split([part.out_features for part in maps if isinstance(part, nn.Linear)], dim=-1)
+
+
+def join_weights(*maps: nn.Module) -> None:
+    """Lay the weights of linear maps of one input out for products of few rows: by column, side by side. Their values
+    and the names they are saved under stay; for inference, since `together` no longer sees a single weight change."""
+    linears = [part for part in maps if isinstance(part, nn.Linear)]
+    if len(linears) < len(maps):
+        return  # low-rank pairs have a product of their own in between
+    joined = torch.cat([part.weight.data.t() for part in linears], dim=1)
+    start = 0
+    for part in linears:
+        part.weight.data = joined[:, start : start + part.out_features].t()
+        start += part.out_features
+    if len(linears) > 1:
+        linears[0].joined = joined

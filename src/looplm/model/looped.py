@@ -3,9 +3,9 @@
 Shapes: B batch, T tokens, D d_model.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -16,13 +16,14 @@ from looplm.config import Config
 from looplm.errors import ConfigError, DataError
 from looplm.model.block import AdapterConfig, Block, BlockConfig
 from looplm.model.cache import Behind, KVCache, Slot, join
+from looplm.model.compiler import has_compiler
 from looplm.model.cross_entropy import LossChunk, cross_entropy
 from looplm.model.ffn import FFNConfig, ParallelConfig
 from looplm.model.init import init_weights
 from looplm.model.layer_inputs import Asides, LayerInputs, Place, layer_inputs
-from looplm.model.linear import LowRankConfig
+from looplm.model.linear import LowRankConfig, join_weights
 from looplm.model.loop.adapter import LoopLoRA, LoopLoRAConfig
-from looplm.model.loop.exit import ExitConfig, NoExitConfig, make_exit
+from looplm.model.loop.exit import ExitConfig, Halting, NoExitConfig, make_exit
 from looplm.model.loop.inject import InjectConfig, NoInjectConfig, make_inject
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.moe import MoEConfig
@@ -30,6 +31,8 @@ from looplm.model.norm import RMSNorm
 from looplm.model.smear import SmearConfig, make_smear
 
 BACKOUT_INIT = 0.2  # nanochat's
+MAX_COMPILED = 64  # forms of one part of a model, by batch size, capacity and number of loops; beyond, not compiled
+MAX_UNROLLED = 32  # layer applications that are compiled as one; a minute of compiling at most
 
 
 class ModelConfig(Config):
@@ -124,6 +127,23 @@ class LoopedOutput:
     n_loops: int
 
 
+@runtime_checkable
+class LaysOut(Protocol):
+    """A part that can put its weights in memory as products of few rows read them fastest."""
+
+    def lay_out(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class CompiledParts:
+    """`LoopedLM`'s methods of the same names, compiled."""
+
+    run: Callable[..., Tensor]
+    enter: Callable[..., tuple[Tensor, LayerInputs]]
+    loop_and_exit: Callable[..., tuple[Tensor, Asides | None]]
+    leave: Callable[..., Tensor]
+
+
 class LoopedLM(nn.Module):
     """The whole family: which parts is the config's business, how many loops the caller's. No randomness, no training
     branch."""
@@ -146,6 +166,7 @@ class LoopedLM(nn.Module):
         self.norm = RMSNorm(config.d_model, eps=eps, has_weight=has_weight)
         self.head = nn.Linear(config.d_model, config.n_outputs or config.n_embeddings, bias=False)
         self.loss_chunk = LossChunk()
+        self.one_token: CompiledParts | None = None  # what cached single tokens go through, once compiled
         self._finish()
 
     def _finish(self, *, draw: bool = True) -> None:
@@ -225,6 +246,38 @@ class LoopedLM(nn.Module):
             block.compile(dynamic=False)
         self.loss_chunk = LossChunk(compiled=True)
 
+    def compile_decoding(self) -> None:
+        """Compile what a cached forward of one token per row runs, for inference on a CPU or a GPU: all of it as one
+        where no loop can be left out and the layers are few, else begin, one loop and end, for any number of loops.
+        Each is compiled for one batch size, cache capacity, n_keys and, as one, number of loops.
+
+        The weights of the linear maps are laid out in memory as products of few rows read them fastest: their values
+        and names stay, but what is loaded into the model later is not seen everywhere.
+
+        Raises:
+            ConfigError: there is no C++ compiler for a model on a CPU.
+        """
+        on_cpu = self.embed.weight.device.type == "cpu"
+        if on_cpu and not has_compiler():
+            raise ConfigError(
+                "compiling for a CPU needs a C++ compiler (g++ or clang++) and Python.h; install them, or do without"
+            )
+        for part in self.modules():
+            if isinstance(part, LaysOut):
+                part.lay_out()
+        if not self.config.tied_head:
+            join_weights(self.head)
+
+        def compiled(part: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+            options["guard_filter_fn"] = only_arguments
+            # isolated, or what was compiled for one model would serve another of like shapes
+            return torch.compile(  # type: ignore[call-overload]
+                part, dynamic=False, options=options, isolate_recompiles=True, recompile_limit=MAX_COMPILED
+            )
+
+        parts = (compiled(part) for part in (self.enter, self.loop_and_exit, self.leave))
+        self.one_token = CompiledParts(compiled(self.run, cpp_wrapper=on_cpu), *parts)
+
     def hidden(
         self,
         ids: Tensor,
@@ -247,13 +300,73 @@ class LoopedLM(nn.Module):
             )
         if cache is not None:
             self._check_cached(cache, plan=plan, positions=positions, n_keys=n_keys)
-        inputs = self.inputs(ids, positions=positions, n_keys=n_keys, documents=documents, asides=asides)
-        slots = None if cache is None else cache.slots
-        x = self.embed_tokens(ids, before=before, documents=documents)
-        inputs.first = x
-        x = run_layers(self.prelude, x, inputs=inputs, slots=slots and slots[: self.config.n_prelude])
+        run = self.run
+        if self.one_token is not None and cache is not None and ids.shape[1] == 1 and self._is_unrolled(plan):
+            run = self.one_token.run
+        return run(
+            ids,
+            plan=plan,
+            cache=cache,
+            positions=positions,
+            n_keys=n_keys,
+            documents=documents,
+            before=before,
+            asides=asides,
+            states=states,
+        )
+
+    def run(
+        self,
+        ids: Tensor,
+        *,
+        plan: LoopPlan,
+        cache: KVCache | None,
+        positions: Tensor | None,
+        n_keys: int | None,
+        documents: Tensor | None,
+        before: Tensor | None,
+        asides: Asides | None,
+        states: list[Tensor] | None,
+    ) -> Tensor:
+        """`hidden`, its arguments checked."""
+        parts = self.parts(cache, n_tokens=ids.shape[1])
+        slots = None if cache is None else cache.slots[: self.config.n_prelude]
+        x, inputs = parts.enter(
+            ids, slots, positions=positions, n_keys=n_keys, documents=documents, before=before, asides=asides
+        )
+        slots = None if cache is None else cache.slots[len(cache.slots) - self.config.n_coda :]
         x = self.run_core(x, plan=plan, inputs=inputs, cache=cache, states=states)
-        x = run_layers(self.coda, x, inputs=inputs, slots=slots and slots[len(slots) - self.config.n_coda :])
+        return parts.leave(x, inputs, slots)
+
+    def parts(self, cache: KVCache | None, *, n_tokens: int) -> "LoopedLM | CompiledParts":
+        """What a forward runs: compiled parts for cached single tokens, once there are any."""
+        if self.one_token is None or cache is None or n_tokens > 1 or torch.compiler.is_compiling():
+            return self
+        return self.one_token
+
+    def _is_unrolled(self, plan: LoopPlan) -> bool:
+        """Whether all loops are compiled as one."""
+        return not self.exit.can_settle and self.n_slots(plan.n_loops) <= MAX_UNROLLED
+
+    def enter(
+        self,
+        ids: Tensor,
+        slots: Sequence[Slot] | None,
+        *,
+        positions: Tensor | None,
+        n_keys: int | None,
+        documents: Tensor | None,
+        before: Tensor | None,
+        asides: Asides | None,
+    ) -> tuple[Tensor, LayerInputs]:
+        """The state (B, T, D) as it comes to the core, embeddings and prelude, and what all layers share."""
+        inputs = self.inputs(ids, positions=positions, n_keys=n_keys, documents=documents, asides=asides)
+        inputs.first = self.embed_tokens(ids, before=before, documents=documents)
+        return run_layers(self.prelude, inputs.first, inputs=inputs, slots=slots), inputs
+
+    def leave(self, x: Tensor, inputs: LayerInputs, slots: Sequence[Slot] | None) -> Tensor:
+        """What comes of the core's state: coda and final norm, (B, T, D)."""
+        x = run_layers(self.coda, x, inputs=inputs, slots=slots)
         if self.backout is not None:
             x = x - self.backout * inputs.streams[self.config.n_layers // 2]
         return self.norm(x)
@@ -321,22 +434,22 @@ class LoopedLM(nn.Module):
         for loop_idx in range(plan.n_loops):
             is_last = loop_idx == plan.n_loops - 1
             carries_gradient = tracking and plan.carries_gradient(loop_idx)
+            number = torch.full_like(inputs.loop_idx, loop_idx)
             with torch.set_grad_enabled(carries_gradient):
                 if plan.recompute and carries_gradient:
                     state, asides = checkpoint(
-                        self.one_loop, state, entry, loop_idx, inputs, use_reentrant=False, preserve_rng_state=False
+                        self.one_loop, state, entry, number, inputs, use_reentrant=False, preserve_rng_state=False
                     )
                 elif cache is not None:
-                    state, asides = self.cached_loop(state, entry, loop_idx, inputs, cache)
+                    state, asides = self.cached_loop(state, entry, loop_idx, inputs, cache, halting, is_last=is_last)
                 else:
-                    state, asides = self.one_loop(state, entry, loop_idx, inputs)
+                    state, asides = self.one_loop(state, entry, number, inputs)
                 if inputs.asides is not None and asides is not None:
                     inputs.asides.extend(asides)
-                self.exit.update(halting, state, is_last=is_last)
+                if cache is None:
+                    self.exit.update(halting, state, is_last=is_last)
                 if states is not None:
                     states.append(state)
-                if not is_last:
-                    state = self.loop_norm(state)
             if not is_last and self.exit.is_settled(halting) and self.may_stop(inputs):
                 if cache is not None:
                     cache.behind[loop_idx + 1].append(left_behind(inputs, entry, state))
@@ -354,36 +467,64 @@ class LoopedLM(nn.Module):
         self,
         state: Tensor | None,
         entry: Tensor,
-        loop_idx: int,
+        loop_idx: Tensor,
         inputs: LayerInputs,
         slots: Sequence[Slot] | None = None,
     ) -> tuple[Tensor, Asides | None]:
-        """The state after loop number `loop_idx`, and what its parts say beside it. Depends on nothing else."""
+        """The state after loop number `loop_idx` (0-d: compiled code serves every loop), and what its parts say beside
+        it. Depends on nothing else."""
         asides = None if inputs.asides is None else Asides()
-        inputs = replace(inputs, loop_idx=torch.full_like(inputs.loop_idx, loop_idx), asides=asides)
+        inputs = replace(inputs, loop_idx=loop_idx, asides=asides)
+        state = None if state is None else self.loop_norm(state)
         out = run_layers(self.core, self.inject.enter(state, entry, loop_idx=loop_idx), inputs=inputs, slots=slots)
         if self.loop_lora is not None:
             out = self.loop_lora(out, inputs.loop_idx)
         return self.inject.leave(state, entry, out), asides
 
-    def cached_loop(
-        self, state: Tensor | None, entry: Tensor, loop_idx: int, inputs: LayerInputs, cache: KVCache
+    def loop_and_exit(
+        self,
+        state: Tensor | None,
+        entry: Tensor,
+        loop_idx: Tensor,
+        inputs: LayerInputs,
+        slots: Sequence[Slot],
+        halting: Halting | None,
+        *,
+        is_last: bool,
     ) -> tuple[Tensor, Asides | None]:
-        """`one_loop` with the loop's slots. Earlier tokens that stopped before this loop run it now, beside the new
-        ones, whose attention needs their keys: exactly what they would have computed then."""
+        """`one_loop`, and its state taken into `halting`."""
+        state, asides = self.one_loop(state, entry, loop_idx, inputs, slots)
+        self.exit.update(halting, state, is_last=is_last)
+        return state, asides
+
+    def cached_loop(
+        self,
+        state: Tensor | None,
+        entry: Tensor,
+        loop_idx: int,
+        inputs: LayerInputs,
+        cache: KVCache,
+        halting: Halting | None,
+        *,
+        is_last: bool,
+    ) -> tuple[Tensor, Asides | None]:
+        """`loop_and_exit` with the loop's slots. Earlier tokens that stopped before this loop run it now, beside the
+        new ones, whose attention needs their keys: exactly what they would have computed then."""
         first = self.config.n_prelude + loop_idx * self.config.n_core
         slots = cache.slots[first : first + self.config.n_core]
-        behind = cache.behind.pop(loop_idx, [])
+        behind, number = cache.behind.pop(loop_idx, []), torch.full_like(inputs.loop_idx, loop_idx)
         if not behind or state is None:
-            return self.one_loop(state, entry, loop_idx, inputs, slots)
+            parts = self.parts(cache, n_tokens=entry.shape[1])
+            return parts.loop_and_exit(state, entry, number, inputs, slots, halting, is_last=is_last)
         n_new = state.shape[1]
         tokens = join([*behind, left_behind(inputs, entry, state)], scratch=cache.capacity)
         joint = self.inputs(tokens.ids, positions=tokens.positions, n_keys=inputs.n_keys, asides=inputs.asides)
         joint.first = tokens.first
-        out, asides = self.one_loop(tokens.state, tokens.entry, loop_idx, joint, slots)
+        out, asides = self.one_loop(tokens.state, tokens.entry, number, joint, slots)
         if first + 2 * self.config.n_core + self.config.n_coda <= len(cache.slots):  # there is a loop after this one
-            tokens.state = self.loop_norm(out)
+            tokens.state = out
             cache.behind[loop_idx + 1].append(tokens.each(lambda tensor: tensor[:, :-n_new]))
+        self.exit.update(halting, out[:, -n_new:], is_last=is_last)
         return out[:, -n_new:], asides
 
     @property
@@ -421,6 +562,13 @@ class LoopedLM(nn.Module):
             for block in part:
                 assert isinstance(block, Block)
                 yield block
+
+
+def only_arguments(guards: Sequence[Any]) -> list[bool]:
+    """Which of its guards compiled code checks at each call: of arguments, not of the model and the library, which stay
+    as they are while it decodes. Checking those took a quarter of a small model's time."""
+    of_model = torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards)
+    return [keep and not guard.is_global for keep, guard in zip(of_model, guards, strict=True)]
 
 
 def left_behind(inputs: LayerInputs, entry: Tensor, state: Tensor) -> Behind:

@@ -17,7 +17,7 @@ from looplm.config import Config
 from looplm.model.attention import attend
 from looplm.model.cache import Slot
 from looplm.model.layer_inputs import LayerInputs, Mask, Place
-from looplm.model.linear import LinearConfig, make_linear
+from looplm.model.linear import LinearConfig, join_weights, make_linear, together
 from looplm.model.norm import RMSNorm
 from looplm.model.rope import RopeConfig, apply_rope
 
@@ -87,10 +87,11 @@ class MLA(nn.Module):
 
     def forward(self, x: Tensor, inputs: LayerInputs, slot: Slot | None = None) -> Tensor:
         config, pairing = self.config, self.config.rope.pairing
-        latent_q = self.q_norm(self.q_down(x))
-        q_rope = apply_rope(self._heads(self.q_up_rope(latent_q)), inputs.cos, inputs.sin, pairing=pairing)
-        q_nope = self._heads(self.q_up_nope(latent_q))
-        latent, key = self.kv_down(x).split((config.kv_rank, config.rope_dim), dim=-1)
+        latent_q, down = together(x, self.q_down, self.kv_down)
+        q_nope, q_rope = together(self.q_norm(latent_q), self.q_up_nope, self.q_up_rope)
+        q_nope = self._heads(q_nope)
+        q_rope = apply_rope(self._heads(q_rope), inputs.cos, inputs.sin, pairing=pairing)
+        latent, key = down.split((config.kv_rank, config.rope_dim), dim=-1)
         latent = self.kv_norm(latent)[:, None]  # (B, 1, T, R)
         key = apply_rope(key[:, None], inputs.cos, inputs.sin, pairing=pairing)  # (B, 1, T, P)
         if slot is not None:
@@ -105,6 +106,12 @@ class MLA(nn.Module):
         k = torch.cat((k_nope, key.expand(-1, config.n_heads, -1, -1)), dim=-1)
         mixed = attend(q, k, v, inputs.masks[None])
         return self.o(mixed.transpose(1, 2).flatten(2))
+
+    def lay_out(self) -> None:
+        """Two products for all projections of a token but the last one."""
+        join_weights(self.q_down, self.kv_down)
+        join_weights(self.q_up_nope, self.q_up_rope)
+        join_weights(self.o)
 
     def _absorbs(self, *, n_tokens: int, n_keys: int) -> bool:
         """Whether the absorbed order takes fewer multiply-adds; it needs the up projection as one matrix."""

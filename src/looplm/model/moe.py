@@ -20,6 +20,9 @@ from looplm.model.layer_inputs import LayerInputs
 from looplm.model.linear import HRAConfig, LinearConfig, LowRankConfig
 from looplm.model.swiglu import SwiGLU
 
+FEW_TOKENS = 32  # up to which inference may put every token through every expert
+FEW_CHOICES = 8  # up to which inference reads a matrix per choice; compiled, where no matrix is copied, one per expert
+
 
 class MoEConfig(Config):
     """Experts behind a linear router."""
@@ -84,6 +87,14 @@ class ExpertLinear(nn.Module):
         y = grouped(x, self.weight, ends)
         return y + self.scale * grouped(grouped(x, self.a, ends), self.b, ends) if self.scale else y
 
+    def one_each(self, x: Tensor, experts: Tensor | None = None) -> Tensor:
+        """x (G, n, d_in), a group for each of `experts` (G,), or for every expert in order: (G, n, d_out)."""
+        y = x @ (self.weight if experts is None else self.weight.index_select(0, experts))
+        if not self.scale:
+            return y
+        a, b = (thin if experts is None else thin.index_select(0, experts) for thin in (self.a, self.b))
+        return y + self.scale * (x @ a @ b)
+
 
 class MoE(nn.Module):
     """(B, T, D) to (B, T, D)."""
@@ -112,13 +123,21 @@ class MoE(nn.Module):
         logits = self.route(flat, inputs.loop_idx)  # (N, E)
         chosen = (logits if self.bias is None else logits + self.bias).topk(self.config.top_k, dim=-1).indices  # (N, k)
         gates = self.gates(logits, chosen)
-        load = self.load(chosen)
         capacity = None
         if inputs.asides is not None:
+            load = self.load(chosen)
             inputs.asides.losses.append(self.loss(logits, load))
             inputs.asides.loads.append((self.layer_idx, load))
             capacity = self.capacity(n_tokens=len(flat))
-        mixed = self._experts(flat, chosen, gates.to(x.dtype), load, capacity=capacity)
+        gates = gates.to(x.dtype)
+        at_inference = inputs.asides is None and not torch.is_grad_enabled()
+        n_experts = self.config.n_experts
+        if at_inference and chosen.numel() <= (n_experts if torch.compiler.is_compiling() else FEW_CHOICES):
+            mixed = self._by_choice(flat, chosen, gates)
+        elif at_inference and chosen.numel() >= 2 * n_experts and len(flat) <= FEW_TOKENS:
+            mixed = self._by_expert(flat, chosen, gates)
+        else:
+            mixed = self._sorted(flat, chosen, gates, self.load(chosen), capacity=capacity)
         for expert in self.shared:
             mixed = mixed + expert(flat, inputs)
         return mixed.view(x.shape)
@@ -136,7 +155,21 @@ class MoE(nn.Module):
             flat = torch.cat((flat, embed.to(flat.dtype).expand_as(flat)), dim=-1)
         return self.router(flat).float()
 
-    def _experts(self, flat: Tensor, chosen: Tensor, gates: Tensor, load: Tensor, *, capacity: int | None) -> Tensor:
+    def _by_choice(self, flat: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+        """As `_sorted`, where sorting would cost more than the products: every choice by itself."""
+        experts = chosen.flatten()
+        rows = flat.repeat_interleave(self.config.top_k, dim=0)[:, None]  # (N k, 1, D)
+        inner = F.silu(self.gate.one_each(rows, experts)) * self.up.one_each(rows, experts)
+        return (self.down.one_each(inner, experts).view(*chosen.shape, -1) * gates[..., None]).sum(1)
+
+    def _by_expert(self, flat: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+        """As `_sorted`, for few tokens that use most experts: every token goes through all of them."""
+        rows = flat.expand(self.config.n_experts, -1, -1)  # (E, N, D)
+        rows = self.down.one_each(F.silu(self.gate.one_each(rows)) * self.up.one_each(rows))
+        shares = gates.new_zeros(len(flat), self.config.n_experts).scatter(1, chosen, gates).T[..., None]  # (E, N, 1)
+        return torch.where(shares == 0, 0, rows * shares).sum(0)
+
+    def _sorted(self, flat: Tensor, chosen: Tensor, gates: Tensor, load: Tensor, *, capacity: int | None) -> Tensor:
         """Sum of the chosen experts' outputs times their gates, (N, D); beyond `capacity` an expert adds nothing."""
         experts, k = chosen.flatten(), self.config.top_k
         gates = gates.flatten()

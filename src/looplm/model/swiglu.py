@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looplm.model.layer_inputs import LayerInputs
-from looplm.model.linear import LinearConfig, make_linear
+from looplm.model.linear import LinearConfig, join_weights, make_linear, together
 
 
 class SwiGLU(nn.Module):
@@ -17,4 +17,10 @@ class SwiGLU(nn.Module):
         self.down = make_linear(linear, d_ff, d_model)
 
     def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        gate, up = together(x, self.gate, self.up)
+        return self.down(F.silu(gate) * up)
+
+    def lay_out(self) -> None:
+        """One product for gate and up."""
+        join_weights(self.gate, self.up)
+        join_weights(self.down)

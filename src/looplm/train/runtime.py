@@ -1,12 +1,9 @@
 """How a run uses the machine: device, precision, compilation, threads. Chosen once, by device or by a short probe, and
 kept in the checkpoint, since another choice would change the numbers of a resumed run."""
 
-import shutil
-import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,6 +11,7 @@ from pydantic import PositiveInt
 
 from looplm.config import Config
 from looplm.errors import ConfigError
+from looplm.model.compiler import has_compiler
 from looplm.model.looped import LoopedLM
 
 
@@ -85,12 +83,6 @@ def choose_runtime(config: RuntimeConfig, *, trial: Callable[[Runtime], None], l
 # A probe of seconds decides a run of minutes: whatever else ran during the probe must not cost half of the machine, so
 # one thread is taken only where it is clearly faster (tiny models, cores that are busy all the time).
 FEWER_THREADS_HANDICAP = 1.3
-
-
-def has_compiler() -> bool:
-    """Whether torch.compile can build CPU kernels here: it needs a C++ compiler and Python's headers."""
-    has_headers = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
-    return has_headers and any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
 def _seconds(trial: Callable[[Runtime], None], candidate: Runtime) -> float:

@@ -51,6 +51,9 @@ class Halting:
 class NoExit(nn.Module):
     """Keeps nothing but the newest state."""
 
+    can_settle = False
+    """Whether loops may turn out not to matter while they run."""
+
     def start(self, entry: Tensor) -> Halting | None:
         """What a forward keeps from loop to loop."""
         return None
@@ -69,6 +72,8 @@ class NoExit(nn.Module):
 
 class ACT(NoExit):
     """p = sigmoid(w . state + b) per position and loop."""
+
+    can_settle = True
 
     def __init__(self, d_model: int, config: ACTConfig) -> None:
         super().__init__()

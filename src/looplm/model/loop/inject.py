@@ -78,7 +78,7 @@ class NoInject(nn.Module):
     def prepare(self, entry: Tensor) -> Tensor:
         return entry
 
-    def enter(self, state: Tensor | None, entry: Tensor, *, loop_idx: int) -> Tensor:
+    def enter(self, state: Tensor | None, entry: Tensor, *, loop_idx: Tensor) -> Tensor:
         return entry if state is None else state
 
     def leave(self, state: Tensor | None, entry: Tensor, out: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class NoInject(nn.Module):
 class AddInject(NoInject):
     """e is added before every loop after the first."""
 
-    def enter(self, state: Tensor | None, entry: Tensor, *, loop_idx: int) -> Tensor:
+    def enter(self, state: Tensor | None, entry: Tensor, *, loop_idx: Tensor) -> Tensor:
         return entry if state is None else state + entry
 
 
@@ -107,7 +107,7 @@ class GateInject(NoInject):
         """The config's initial value."""
         nn.init.constant_(self.think_gate, self.init)
 
-    def enter(self, state: Tensor | None, entry: Tensor, *, loop_idx: int) -> Tensor:
+    def enter(self, state: Tensor | None, entry: Tensor, *, loop_idx: Tensor) -> Tensor:
         if state is None:
             return entry
         gate = self.think_gate.sigmoid()
@@ -143,7 +143,7 @@ class DiagonalInject(NoInject):
     def prepare(self, entry: Tensor) -> Tensor:
         return (F.softplus(self.dt_bias.float()) * self.B(self.norm(entry))).to(entry.dtype)
 
-    def enter(self, state: Tensor | None, entry: Tensor, *, loop_idx: int) -> Tensor:
+    def enter(self, state: Tensor | None, entry: Tensor, *, loop_idx: Tensor) -> Tensor:
         return entry if state is None else (self.decay() * state).to(entry.dtype) + entry
 
     def read_out(self, state: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class LTIInject(NoInject):
         rate = (self.log_dt.float() + self.log_A.float()).clamp(-20, 20).exp()
         return torch.exp(-rate.clamp(MIN_DECAY_RATE, MAX_DECAY_RATE) if self.config.bounded_decay else -rate)
 
-    def enter(self, state: Tensor | None, entry: Tensor, *, loop_idx: int) -> Tensor:
+    def enter(self, state: Tensor | None, entry: Tensor, *, loop_idx: Tensor) -> Tensor:
         x = (entry if state is None else state) + entry
         if self.config.loop_embed != "none":
             embed = loop_embedding(loop_idx, d_model=x.shape[-1], device=x.device)
@@ -187,7 +187,7 @@ class LTIInject(NoInject):
         return (self.decay() * state + self.gain * entry).to(out.dtype) + out
 
 
-def loop_embedding(loop_idx: int, *, d_model: int, device: torch.device) -> Tensor:
+def loop_embedding(loop_idx: Tensor, *, d_model: int, device: torch.device) -> Tensor:
     """Sines, then cosines, of the loop's number on the first d_model // 8 channels, zero on the others (D,)."""
     n_channels = d_model // 8
     frequency = 10000.0 ** -(torch.arange(0, n_channels, 2, device=device, dtype=torch.float32) / n_channels)

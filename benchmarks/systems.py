@@ -4,11 +4,11 @@
 
 PATH is a checkout of kyegomez/OpenMythos, karpathy/nanochat or CodeHalwell/nano-osrt-100m (at cd8a10f; its v4 needs
 `pip install transformers`). A system whose path is not given is left out. Before anything is timed, the two models'
-logits are compared. Theirs is timed in every mode that it runs in, and the fastest counts; ours in the mode that
-`looplm train` chooses for minutes of training on a CPU (bf16 autocast, compiled blocks) and, for decoding, as `looplm
-generate --compile` runs; compiling is not timed, neither theirs nor ours. Theirs and ours take turns, and a ratio is
-the median over the rounds. A training step is forward, cross-entropy over all positions, backward and one AdamW update
-with torch's fused kernel, for both.
+logits are compared. Training: theirs is timed in every mode that it runs in, and the fastest counts; ours in the mode
+that `looplm train` chooses for minutes of training on a CPU (bf16 autocast, compiled blocks); a step is forward,
+cross-entropy over all positions, backward and one AdamW update with torch's fused kernel, for both. Decoding: theirs as
+its own generate runs it, which none of them compiles; ours as `looplm generate --compile` runs. Compiling is not timed,
+neither theirs nor ours. Theirs and ours take turns, and a ratio is the median over the rounds.
 """
 
 import argparse
@@ -304,8 +304,9 @@ def measure(case: Case, *, parts: list[str], rounds: int, compiles: bool, rate: 
         sys.exit(f"{case.name}: the two models differ by {error:.2g}; nothing was timed")
     result: dict[str, Any] = {"system": case.name, "largest_logit_difference": error}
 
-    decoder = copy.deepcopy(case.ours).eval()
-    decoder.compile_decoding()
+    if "decode" in parts:
+        decoder = copy.deepcopy(case.ours).eval()
+        decoder.compile_decoding()
     for n_prompts in (1, 16) if "decode" in parts else ():
         prompt = torch.randint(0, 4000, (1, N_PROMPT), generator=generator).expand(n_prompts, -1).contiguous()
         prompts = prompt.tolist()

@@ -1,7 +1,9 @@
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from looplm.errors import ConfigError, DataError
 from looplm.infer.engine import generate
@@ -116,18 +118,34 @@ def test_what_cannot_be_continued_is_refused(
             ],
             id="values-and-windows",
         ),
+        pytest.param(  # 4 rows: every expert on every token; 3: sorted by expert; 1: by choice
+            ["core_ffn={kind: moe, n_experts: 4, d_ff: 8, top_k: 2}", "block.linear={kind: hra, rank: 4, scale: 0.3}"],
+            id="experts-as-one",
+        ),
+        pytest.param(
+            ["block.attention.fused_qkv=true", "tied_head=false", "backout=true", "loop_norm=true"], id="many-loops"
+        ),
     ],
 )
-def test_compiled_decoding_writes_the_same_tokens(make_model: Callable[..., LoopedLM], overrides: list[str]) -> None:
+def test_compiled_decoding_writes_the_same_tokens(
+    make_model: Callable[..., LoopedLM],
+    overrides: list[str],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Batches of several sizes, prompts of several lengths, rows that end early, two numbers of loops."""
+    if "many-loops" in request.node.name:
+        monkeypatch.setattr("looplm.model.looped.MAX_UNROLLED", 1)
     model, compiled = make_model(*overrides), make_model(*overrides)
     compiled.compile_decoding()
+    counters.clear()
     for n_loops in (2, 3):
         plain = generate(model, PROMPTS, eos_id=EOS, max_new_tokens=20, n_loops=n_loops)
         assert generate(compiled, PROMPTS, eos_id=EOS, max_new_tokens=20, n_loops=n_loops) == plain
-    alone = generate(compiled, PROMPTS[2:3], eos_id=EOS, max_new_tokens=20, n_loops=3)
-    assert alone == plain[2:3]
-    assert compiled.one_token is not None
+    for some in (slice(2, 3), slice(1, 4)):
+        assert generate(compiled, PROMPTS[some], eos_id=EOS, max_new_tokens=20, n_loops=3) == plain[some]
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(compiled.state_dict()[name], weight, atol=0, rtol=0)
 
@@ -141,10 +159,28 @@ def test_what_is_compiled_for_one_model_does_not_serve_another(make_model: Calla
         assert generate(compiled, PROMPTS[:2], eos_id=EOS, max_new_tokens=20) == plain
 
 
+def test_a_compiled_model_is_not_copied_or_moved_and_still_trains(make_model: Callable[..., LoopedLM]) -> None:
+    """A copy would decode with the first one's weights, a moved one leave its joined weights behind."""
+    model, compiled = make_model(), make_model()
+    compiled.compile_decoding()
+    with pytest.raises(ConfigError, match="cannot be copied"):
+        copy.deepcopy(compiled)
+    with pytest.raises(ConfigError, match="cannot be moved"):
+        compiled.bfloat16()
+    for each in (model, compiled):
+        each(torch.tensor([PROMPTS[2]])).logits.square().mean().backward()
+    gradients = dict(compiled.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name].grad, parameter.grad)
+    compiled.load_state_dict(make_model(seed=5).state_dict())
+    plain = generate(make_model(seed=5), PROMPTS, eos_id=EOS, max_new_tokens=8)
+    assert generate(compiled, PROMPTS, eos_id=EOS, max_new_tokens=8) == plain
+
+
 def test_compiling_without_a_compiler_is_refused(
     make_model: Callable[..., LoopedLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match="needs a C"):
         make_model().compile_decoding()
 
@@ -161,7 +197,7 @@ LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
 
 
 def kept(config: SamplingConfig) -> list[int]:
-    return keep_likely(LOGITS, config)[0].isfinite().nonzero().flatten().tolist()
+    return keep_likely(LOGITS, min_p=config.min_p, top_p=config.top_p)[0].isfinite().nonzero().flatten().tolist()
 
 
 def test_top_k_top_p_and_min_p_keep_what_they_say() -> None:

@@ -64,6 +64,7 @@ def by_hand(moe: MoE, token: Tensor, *, loop_idx: int) -> Tensor:
         {"gate": "sigmoid", "renormalise": False, "top_k": 1},
         {"n_shared": 2, "shared_d_ff": 12, "has_bias": True},
         {"n_loop_embeds": 2, "top_k": 5},
+        {"n_experts": 8},
     ],
 )
 @pytest.mark.parametrize("linear", [FullConfig(), HRAConfig(rank=4, scale=0.5)], ids=["full", "hra"])
@@ -74,7 +75,7 @@ def test_experts_are_a_loop_over_tokens(options: dict[str, object], linear: Full
         out = moe(x, inputs_at(loop_idx))
         expected = torch.stack([torch.stack([by_hand(moe, t, loop_idx=loop_idx) for t in row]) for row in x])
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-        for n_tokens in (1, 5, 14):  # at inference: by choice, by choice or sorted, by expert
+        for n_tokens in (1, 5, 14):  # at inference: by choice, by expert or with 8 experts sorted, by expert
             with torch.inference_mode():
                 few = moe(x.flatten(0, 1)[None, :n_tokens], inputs_at(loop_idx))
             torch.testing.assert_close(few, expected.flatten(0, 1)[None, :n_tokens], rtol=1e-4, atol=1e-5)

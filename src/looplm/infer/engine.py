@@ -1,4 +1,5 @@
-"""Batched generation with a cache. Prompts of different lengths share a batch; finished rows leave it."""
+"""Batched generation with a cache. Prompts of different lengths share a batch; finished rows leave it, unless
+decoding is compiled."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

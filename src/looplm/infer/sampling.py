@@ -50,7 +50,7 @@ class Sampler:
         if config.temperature == 0:
             return logits.argmax(dim=-1).tolist()
         logits, ids = keep_top(logits / config.temperature, config.top_k)
-        weights = keep_likely(logits, config).softmax(-1).cpu()
+        weights = keep_likely(logits, min_p=config.min_p, top_p=config.top_p).softmax(-1).cpu()
         # inverse of the cumulative distribution at one uniform number per row
         drawn = torch.stack([torch.rand((), generator=self._generators[row], dtype=torch.float64) for row in rows])
         cumulative = weights.double().cumsum(-1)
@@ -78,15 +78,15 @@ def penalise(logits: Tensor, contexts: list[list[int]], penalty: float) -> Tenso
     return logits
 
 
-def keep_likely(logits: Tensor, config: SamplingConfig) -> Tensor:
+def keep_likely(logits: Tensor, *, min_p: float, top_p: float) -> Tensor:
     """Set the logits that min-p or top-p rule out to -inf, in that order; the likeliest always stays."""
-    if config.min_p > 0:
+    if min_p > 0:
         probabilities = logits.softmax(-1)
-        floor = config.min_p * probabilities.amax(-1, keepdim=True)
+        floor = min_p * probabilities.amax(-1, keepdim=True)
         logits = logits.masked_fill(probabilities < floor, float("-inf"))
-    if config.top_p < 1:
+    if top_p < 1:
         ordered, order = logits.softmax(-1).sort(dim=-1, descending=True)
         before = ordered.cumsum(-1) - ordered  # probability of everything likelier
-        ruled_out = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= config.top_p)
+        ruled_out = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= top_p)
         logits = logits.masked_fill(ruled_out, float("-inf"))
     return logits

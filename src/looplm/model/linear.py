@@ -74,14 +74,14 @@ def make_linear(config: FullConfig | LowRankConfig | HRAConfig, d_in: int, d_out
 def together(x: Tensor, *maps: nn.Module) -> tuple[Tensor, ...]:
     """What each of several linear maps makes of x: by one product where `join_weights` has put them side by side."""
     joined = getattr(maps[0], "joined", None)
-    if joined is None:
+    if joined is None or torch.is_grad_enabled():  # a product with `joined` would give the weights no gradient
         return tuple(part(x) for part in maps)
     return (x @ joined).split([part.out_features for part in maps if isinstance(part, nn.Linear)], dim=-1)
 
 
 def join_weights(*maps: nn.Module) -> None:
     """Lay the weights of linear maps of one input out for products of few rows: by column, side by side. Their values
-    and the names they are saved under stay; for inference, since `together` no longer sees a single weight change."""
+    and the names they are saved under stay, and what is loaded into them in place is seen by `together`."""
     linears = [part for part in maps if isinstance(part, nn.Linear)]
     if len(linears) < len(maps):
         return  # low-rank pairs have a product of their own in between

@@ -31,7 +31,9 @@ from looplm.model.norm import RMSNorm
 from looplm.model.smear import SmearConfig, make_smear
 
 BACKOUT_INIT = 0.2  # nanochat's
-MAX_COMPILED = 64  # forms of one part of a model, by batch size, capacity and number of loops; beyond, not compiled
+# Forms of one part of a model, by batch size, capacity and number of loops; beyond, not compiled. (All models of a
+# process together: 256, dynamo's accumulated_recompile_limit.)
+MAX_COMPILED = 64
 MAX_UNROLLED = 32  # layer applications that are compiled as one; a minute of compiling at most
 
 
@@ -251,8 +253,9 @@ class LoopedLM(nn.Module):
         where no loop can be left out and the layers are few, else begin, one loop and end, for any number of loops.
         Each is compiled for one batch size, cache capacity, n_keys and, as one, number of loops.
 
-        The weights of the linear maps are laid out in memory as products of few rows read them fastest: their values
-        and names stay, but what is loaded into the model later is not seen everywhere.
+        A cached forward goes through it whose n_keys is the whole capacity and that is asked for nothing beside its
+        output. The weights of the linear maps are laid out in memory as products of few rows read them fastest; their
+        values and names stay. From then on the model can be neither copied nor moved to another device or type.
 
         Raises:
             ConfigError: there is no C++ compiler for a model on a CPU.
@@ -260,7 +263,8 @@ class LoopedLM(nn.Module):
         on_cpu = self.embed.weight.device.type == "cpu"
         if on_cpu and not has_compiler():
             raise ConfigError(
-                "compiling for a CPU needs a C++ compiler (g++ or clang++) and Python.h; install them, or do without"
+                "compiling for a CPU needs a C++ compiler (g++, on macOS clang++, or what CXX names) and Python.h; "
+                "install them, or do without"
             )
         for part in self.modules():
             if isinstance(part, LaysOut):
@@ -277,6 +281,19 @@ class LoopedLM(nn.Module):
 
         parts = (compiled(part) for part in (self.enter, self.loop_and_exit, self.leave))
         self.one_token = CompiledParts(compiled(self.run, cpp_wrapper=on_cpu), *parts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse copies and pickles of a compiled model: its compiled parts would go on with this one's weights."""
+        if self.one_token is not None:
+            raise ConfigError("a model whose decoding is compiled cannot be copied; copy it before compile_decoding")
+        return self.__dict__.copy()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoopedLM":
+        """Refuse to move a compiled model: the joined weights would stay behind."""
+        if self.one_token is not None:
+            raise ConfigError("a model whose decoding is compiled cannot be moved; move it before compile_decoding")
+        super()._apply(fn, recurse)
+        return self
 
     def hidden(
         self,
@@ -300,11 +317,13 @@ class LoopedLM(nn.Module):
             )
         if cache is not None:
             self._check_cached(cache, plan=plan, positions=positions, n_keys=n_keys)
-        run = self.run
-        if self.one_token is not None and cache is not None and ids.shape[1] == 1 and self._is_unrolled(plan):
-            run = self.one_token.run
-        return run(
+        parts: LoopedLM | CompiledParts = self
+        if self.one_token is not None and cache is not None and ids.shape[1] == 1 and n_keys == cache.capacity:
+            parts = self.one_token if asides is None and states is None else self
+        is_whole = parts is not self and self._is_unrolled(plan)
+        return (parts.run if is_whole else self.run)(
             ids,
+            parts=self if is_whole else parts,
             plan=plan,
             cache=cache,
             positions=positions,
@@ -319,6 +338,7 @@ class LoopedLM(nn.Module):
         self,
         ids: Tensor,
         *,
+        parts: "LoopedLM | CompiledParts",
         plan: LoopPlan,
         cache: KVCache | None,
         positions: Tensor | None,
@@ -328,21 +348,14 @@ class LoopedLM(nn.Module):
         asides: Asides | None,
         states: list[Tensor] | None,
     ) -> Tensor:
-        """`hidden`, its arguments checked."""
-        parts = self.parts(cache, n_tokens=ids.shape[1])
+        """`hidden`, its arguments checked, by this model's own parts or the compiled ones."""
         slots = None if cache is None else cache.slots[: self.config.n_prelude]
         x, inputs = parts.enter(
             ids, slots, positions=positions, n_keys=n_keys, documents=documents, before=before, asides=asides
         )
         slots = None if cache is None else cache.slots[len(cache.slots) - self.config.n_coda :]
-        x = self.run_core(x, plan=plan, inputs=inputs, cache=cache, states=states)
+        x = self.run_core(x, plan=plan, inputs=inputs, cache=cache, states=states, parts=parts)
         return parts.leave(x, inputs, slots)
-
-    def parts(self, cache: KVCache | None, *, n_tokens: int) -> "LoopedLM | CompiledParts":
-        """What a forward runs: compiled parts for cached single tokens, once there are any."""
-        if self.one_token is None or cache is None or n_tokens > 1 or torch.compiler.is_compiling():
-            return self
-        return self.one_token
 
     def _is_unrolled(self, plan: LoopPlan) -> bool:
         """Whether all loops are compiled as one."""
@@ -425,6 +438,7 @@ class LoopedLM(nn.Module):
         inputs: LayerInputs,
         cache: KVCache | None = None,
         states: list[Tensor] | None = None,
+        parts: "LoopedLM | CompiledParts | None" = None,
     ) -> Tensor:
         """The loop: inject, core layers, exit, n_loops times, or until no later loop can change the result."""
         tracking = torch.is_grad_enabled()
@@ -441,7 +455,9 @@ class LoopedLM(nn.Module):
                         self.one_loop, state, entry, number, inputs, use_reentrant=False, preserve_rng_state=False
                     )
                 elif cache is not None:
-                    state, asides = self.cached_loop(state, entry, loop_idx, inputs, cache, halting, is_last=is_last)
+                    state, asides = self.cached_loop(
+                        state, entry, loop_idx, inputs, cache, halting, is_last=is_last, parts=parts or self
+                    )
                 else:
                     state, asides = self.one_loop(state, entry, number, inputs)
                 if inputs.asides is not None and asides is not None:
@@ -507,6 +523,7 @@ class LoopedLM(nn.Module):
         halting: Halting | None,
         *,
         is_last: bool,
+        parts: "LoopedLM | CompiledParts",
     ) -> tuple[Tensor, Asides | None]:
         """`loop_and_exit` with the loop's slots. Earlier tokens that stopped before this loop run it now, beside the
         new ones, whose attention needs their keys: exactly what they would have computed then."""
@@ -514,7 +531,6 @@ class LoopedLM(nn.Module):
         slots = cache.slots[first : first + self.config.n_core]
         behind, number = cache.behind.pop(loop_idx, []), torch.full_like(inputs.loop_idx, loop_idx)
         if not behind or state is None:
-            parts = self.parts(cache, n_tokens=entry.shape[1])
             return parts.loop_and_exit(state, entry, number, inputs, slots, halting, is_last=is_last)
         n_new = state.shape[1]
         tokens = join([*behind, left_behind(inputs, entry, state)], scratch=cache.capacity)

@@ -1,8 +1,8 @@
 """Mixture of experts: a router sends every token to its top_k experts, each a SwiGLU; shared experts see all tokens.
 
 Tokens are sorted by expert and every projection is one grouped product over all experts (grouped.py): a Python loop
-over 64 experts takes 10 to 20 times as long. At inference no token is ever dropped, so a token's output depends on no
-other token; in training a capacity may drop some.
+over 64 experts takes 10 to 20 times as long. Few tokens at inference are not worth sorting. At inference no token is
+ever dropped, so a token's output depends on no other token; in training a capacity may drop some.
 Shapes: B batch, T tokens, N tokens of the batch, E experts, k experts per token, D width.
 """
 
@@ -21,7 +21,7 @@ from looplm.model.linear import HRAConfig, LinearConfig, LowRankConfig
 from looplm.model.swiglu import SwiGLU
 
 FEW_TOKENS = 32  # up to which inference may put every token through every expert
-FEW_CHOICES = 8  # up to which inference reads a matrix per choice; compiled, where no matrix is copied, one per expert
+FEW_CHOICES = 8  # up to which inference reads a matrix per choice; compiled, where a CPU copies none, one per expert
 
 
 class MoEConfig(Config):
@@ -130,7 +130,9 @@ class MoE(nn.Module):
             inputs.asides.loads.append((self.layer_idx, load))
             capacity = self.capacity(n_tokens=len(flat))
         gates = gates.to(x.dtype)
-        at_inference = inputs.asides is None and not torch.is_grad_enabled()
+        # autocast would compute these ways in another type than the sorted one, and a row's numbers hang on its batch
+        is_plain = not torch.is_autocast_enabled(x.device.type)
+        at_inference = is_plain and inputs.asides is None and not torch.is_grad_enabled()
         n_experts = self.config.n_experts
         if at_inference and chosen.numel() <= (n_experts if torch.compiler.is_compiling() else FEW_CHOICES):
             mixed = self._by_choice(flat, chosen, gates)

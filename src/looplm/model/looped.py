@@ -16,7 +16,7 @@ from looplm.config import Config
 from looplm.errors import ConfigError, DataError
 from looplm.model.block import AdapterConfig, Block, BlockConfig
 from looplm.model.cache import Behind, KVCache, Slot, join
-from looplm.model.compiler import has_compiler
+from looplm.model.compiler import has_compiler, only_arguments
 from looplm.model.cross_entropy import LossChunk, cross_entropy
 from looplm.model.ffn import FFNConfig, ParallelConfig
 from looplm.model.init import init_weights
@@ -578,13 +578,6 @@ class LoopedLM(nn.Module):
             for block in part:
                 assert isinstance(block, Block)
                 yield block
-
-
-def only_arguments(guards: Sequence[Any]) -> list[bool]:
-    """Which of its guards compiled code checks at each call: of arguments, not of the model and the library, which stay
-    as they are while it decodes. Checking those took a quarter of a small model's time."""
-    of_model = torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards)
-    return [keep and not guard.is_global for keep, guard in zip(of_model, guards, strict=True)]
 
 
 def left_behind(inputs: LayerInputs, entry: Tensor, state: Tensor) -> Behind:

@@ -57,3 +57,10 @@ def test_a_matrix_without_gradient_stays_and_a_vector_is_refused() -> None:
     assert torch.equal(still, before)
     with pytest.raises(ValueError, match="takes matrices"):
         Muon([nn.Parameter(torch.randn(4))], lr=0.1)
+
+
+def test_in_fp32_the_iteration_is_that_of_fp64() -> None:
+    matrices = torch.randn(2, 20, 12, generator=torch.Generator().manual_seed(0))
+    exact = orthogonalize(matrices.double(), dtype=torch.float64)
+    torch.testing.assert_close(orthogonalize(matrices, dtype=torch.float32).double(), exact, rtol=1e-4, atol=1e-4)
+    assert (orthogonalize(matrices).double() - exact).abs().max() > 1e-3  # in bf16 it is not

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, S keys, H query heads, K head width.
 """
 
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,8 @@ from looplm.model.layer_inputs import LayerInputs, Mask, Place
 from looplm.model.linear import LinearConfig, join_weights, make_linear, together
 from looplm.model.norm import RMSNorm
 from looplm.model.rope import RopeConfig, apply_rope
+
+BLOCK = 128  # queries
 
 
 class ValueEmbedConfig(Config):
@@ -183,20 +186,50 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float | None =
 
 class _WrittenOut(torch.autograd.Function):
     """Attention by its scores, with the backward written out too: the gradient of k comes out in k's own layout (torch
-    2.13's compiled CPU kernels read NaN where they are handed its transpose), and only the weights are kept for it."""
+    2.13's compiled CPU kernels read NaN where they are handed its transpose), and only the weights are kept for it.
+
+    In fp32 the queries go in blocks, each with the keys up to its end: what causality rules out is not computed. In
+    bf16 the products are too cheap for that to pay (docs/log.md, 2026-11-24)."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-        scores = q @ k.transpose(-1, -2) * scale + bias
-        weights = scores.softmax(-1).to(v.dtype)  # (B, H, T, S)
-        ctx.save_for_backward(q, k, v, weights)
+        mixed, weights = [], []
+        for own, seen in _blocks(q):
+            scores = q[:, :, own] @ k[:, :, seen].transpose(-1, -2) * scale + bias[:, :, own, seen]
+            weights.append(scores.softmax(-1).to(v.dtype))  # (B, H, block, keys)
+            mixed.append(weights[-1] @ v[:, :, seen])
+        ctx.save_for_backward(q, k, v, *weights)
         ctx.scale = scale
-        return weights @ v
+        return torch.cat(mixed, dim=2) if len(mixed) > 1 else mixed[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, weights = ctx.saved_tensors
-        grad_weights = grad @ v.transpose(-1, -2)
-        mean = (weights * grad_weights).sum(-1, keepdim=True)
-        grad_scores = weights * (grad_weights - mean) * ctx.scale
-        return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad, None, None
+        q, k, v, *kept = ctx.saved_tensors
+        grad_q, grad_k, grad_v = [], [], []
+        for (own, seen), weights in zip(_blocks(q), kept, strict=True):
+            part = grad[:, :, own]
+            grad_weights = part @ v[:, :, seen].transpose(-1, -2)
+            mean = (weights * grad_weights).sum(-1, keepdim=True)
+            grad_scores = weights * (grad_weights - mean) * ctx.scale
+            grad_q.append(grad_scores @ k[:, :, seen])
+            grad_k.append(grad_scores.transpose(-1, -2) @ q[:, :, own])
+            grad_v.append(weights.transpose(-1, -2) @ part)
+        if len(kept) == 1:
+            return grad_q[0], grad_k[0], grad_v[0], None, None
+        return torch.cat(grad_q, dim=2), _sum_of_starts(grad_k), _sum_of_starts(grad_v), None, None
+
+
+def _blocks(q: Tensor) -> list[tuple[slice, slice]]:
+    """Blocks of about BLOCK queries (B, H, T, K), and the keys that each of them may see."""
+    n_tokens = q.shape[2]
+    n_blocks = -(-n_tokens // BLOCK) if q.dtype.itemsize >= 4 else 1
+    ends = [n_tokens * number // n_blocks for number in range(n_blocks + 1)]
+    return [(slice(start, end), slice(end)) for start, end in pairwise(ends)]
+
+
+def _sum_of_starts(parts: list[Tensor]) -> Tensor:
+    """The sum of tensors (B, H, T, K), each with fewer tokens than the next, as if all went on with zeros."""
+    total = parts[-1]
+    for part in parts[:-1]:
+        total = total + F.pad(part, (0, 0, 0, total.shape[2] - part.shape[2]))
+    return total

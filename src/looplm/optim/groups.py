@@ -30,8 +30,10 @@ class OptimizerConfig(Config):
     """Decoupled decay of matrices and embedding; never of norms, smear or the injection's own parameters."""
 
 
-def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
-    """Optimizers that together hold every parameter once."""
+def make_optimizers(
+    model: nn.Module, config: OptimizerConfig, *, muon_dtype: torch.dtype = torch.bfloat16
+) -> list[Optimizer]:
+    """Optimizers that together hold every parameter once. Muon orthogonalises in `muon_dtype`."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
@@ -59,6 +61,7 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer
                 lr=config.muon_lr,
                 momentum=config.muon_momentum,
                 weight_decay=config.weight_decay,
+                dtype=muon_dtype,
             )
         )
     return optimizers

@@ -18,12 +18,19 @@ N_ITERATIONS = 5
 
 class Muon(Optimizer):
     """Matrices (R, C) and stacks of them (N, R, C) only. An update has size lr * sqrt(max(1, rows / columns)) in every
-    direction; Nesterov momentum."""
+    direction; Nesterov momentum. `dtype` is what the iteration computes in."""
 
     def __init__(
-        self, params: Iterable[nn.Parameter], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        params: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.dim() not in (2, 3):
@@ -44,8 +51,8 @@ class Muon(Optimizer):
                 updates = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
                 rate = group["lr"] * max(1.0, n_rows / n_columns) ** 0.5
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                orthogonal = orthogonalize(updates.view(-1, n_rows, n_columns)).view(updates.shape)
-                torch._foreach_add_(parameters, list(orthogonal.unbind()), alpha=-rate)
+                orthogonal = orthogonalize(updates.view(-1, n_rows, n_columns), dtype=self.dtype)
+                torch._foreach_add_(parameters, list(orthogonal.view(updates.shape).unbind()), alpha=-rate)
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -55,11 +62,12 @@ class Muon(Optimizer):
         return buffer
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
-    """The orthogonal factors of matrices (N, R, C), nearly: singular values 0.7 to 1.2. In bf16, returned in fp32."""
+def orthogonalize(matrices: Tensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The orthogonal factors of matrices (N, R, C), nearly: singular values 0.7 to 1.2. Computed in `dtype`, returned
+    in the type of the matrices."""
     a, b, c = COEFFICIENTS
     is_tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.bfloat16()
+    x = matrices.to(dtype)
     x = x.mT if is_tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(N_ITERATIONS):

@@ -150,7 +150,9 @@ class _Fit:
         # the model moves before its optimizers are made: they hold its parameters, and their state follows those
         self.runtime.apply(model)
         self.device = torch.device(self.runtime.device)
-        self.optimizers: list[Optimizer] = make_optimizers(model, config.optimizer)
+        # a machine that multiplies faster in fp32 does so in the optimizer too
+        muon_dtype = torch.bfloat16 if self.runtime.precision == "bf16" else torch.float32
+        self.optimizers: list[Optimizer] = make_optimizers(model, config.optimizer, muon_dtype=muon_dtype)
         if is_resumed:
             load_checkpoint(folder, model=model, optimizers=self.optimizers)
 

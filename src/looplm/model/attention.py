@@ -180,7 +180,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float | None =
     if mask.bias is None:
         is_causal = mask.seen is None
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.seen, is_causal=is_causal, scale=scale)
-    mixed: Tensor = _WrittenOut.apply(q, k, v, mask.bias, scale)
+    mixed: Tensor = _WrittenOut.apply(q, k, v, mask.bias, scale, mask.in_blocks)
     return mixed
 
 
@@ -188,25 +188,24 @@ class _WrittenOut(torch.autograd.Function):
     """Attention by its scores, with the backward written out too: the gradient of k comes out in k's own layout (torch
     2.13's compiled CPU kernels read NaN where they are handed its transpose), and only the weights are kept for it.
 
-    In fp32 the queries go in blocks, each with the keys up to its end: what causality rules out is not computed. In
-    bf16 the products are too cheap for that to pay (docs/log.md, 2026-11-24)."""
+    `in_blocks` the queries go in blocks, each with the keys up to its end: what causality rules out is not computed."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, in_blocks: bool) -> Tensor:
         mixed, weights = [], []
-        for own, seen in _blocks(q):
+        for own, seen in _blocks(q, in_blocks):
             scores = q[:, :, own] @ k[:, :, seen].transpose(-1, -2) * scale + bias[:, :, own, seen]
             weights.append(scores.softmax(-1).to(v.dtype))  # (B, H, block, keys)
             mixed.append(weights[-1] @ v[:, :, seen])
         ctx.save_for_backward(q, k, v, *weights)
-        ctx.scale = scale
+        ctx.scale, ctx.in_blocks = scale, in_blocks
         return torch.cat(mixed, dim=2) if len(mixed) > 1 else mixed[0]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, k, v, *kept = ctx.saved_tensors
         grad_q, grad_k, grad_v = [], [], []
-        for (own, seen), weights in zip(_blocks(q), kept, strict=True):
+        for (own, seen), weights in zip(_blocks(q, ctx.in_blocks), kept, strict=True):
             part = grad[:, :, own]
             grad_weights = part @ v[:, :, seen].transpose(-1, -2)
             mean = (weights * grad_weights).sum(-1, keepdim=True)
@@ -215,14 +214,14 @@ class _WrittenOut(torch.autograd.Function):
             grad_k.append(grad_scores.transpose(-1, -2) @ q[:, :, own])
             grad_v.append(weights.transpose(-1, -2) @ part)
         if len(kept) == 1:
-            return grad_q[0], grad_k[0], grad_v[0], None, None
-        return torch.cat(grad_q, dim=2), _sum_of_starts(grad_k), _sum_of_starts(grad_v), None, None
+            return grad_q[0], grad_k[0], grad_v[0], None, None, None
+        return torch.cat(grad_q, dim=2), _sum_of_starts(grad_k), _sum_of_starts(grad_v), None, None, None
 
 
-def _blocks(q: Tensor) -> list[tuple[slice, slice]]:
-    """Blocks of about BLOCK queries (B, H, T, K), and the keys that each of them may see."""
+def _blocks(q: Tensor, in_blocks: bool) -> list[tuple[slice, slice]]:
+    """Blocks of about BLOCK queries (B, H, T, K), or one of all, and the keys that each of them may see."""
     n_tokens = q.shape[2]
-    n_blocks = -(-n_tokens // BLOCK) if q.dtype.itemsize >= 4 else 1
+    n_blocks = -(-n_tokens // BLOCK) if in_blocks else 1
     ends = [n_tokens * number // n_blocks for number in range(n_blocks + 1)]
     return [(slice(start, end), slice(end)) for start, end in pairwise(ends)]
 

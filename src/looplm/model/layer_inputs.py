@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, S keys, K head width.
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,6 +14,13 @@ from looplm.model.rope import RopeConfig, rope_tables
 # Up to this length a CPU trains faster with the scores written out than with the flash kernel, whose backward is slow
 # there (docs/log.md, 2026-11-21). The mask is added, not filled in: compiled, a fill takes three times as long.
 MAX_WRITTEN_OUT = 512
+
+
+
+@cache
+def has_amx() -> bool:
+    """Whether this CPU multiplies bf16 matrices in tiles: products are then too cheap for blocks of queries to pay."""
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class Mask:
 
     seen: Tensor | None  # (1 or B, 1, T, S), True where a key is seen; None means plain causal over T
     bias: Tensor | None = None  # (1 or B, 1, T, S), 0 where a key is seen, -1e30 elsewhere: scores are written out
+    in_blocks: bool = False  # and that in blocks of queries, without the keys that causality rules out
 
 
 @dataclass
@@ -81,6 +90,8 @@ def layer_inputs(
     at = torch.arange(n_tokens, device=device) if positions is None else positions
     cos, sin = rope_tables(at, head_dim=rope_dim, config=rope)
     writes_out = torch.is_grad_enabled() and positions is None and device.type == "cpu" and n_tokens <= MAX_WRITTEN_OUT
+    is_bf16 = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
+    in_blocks = writes_out and not (is_bf16 and has_amx())
     key_at = torch.arange(n_tokens if n_keys is None else n_keys, device=device)
     query_at = at if at.dim() == 2 else at[None]
     masks: dict[int | None, Mask] = {}
@@ -95,6 +106,7 @@ def layer_inputs(
         if documents is not None:
             seen = seen & (documents[:, :, None] == documents[:, None, :])
         seen = seen[:, None]
-        masks[window] = Mask(seen, torch.where(seen, 0.0, -1e30).bfloat16() if writes_out else None)
+        bias = torch.where(seen, 0.0, -1e30).bfloat16() if writes_out else None
+        masks[window] = Mask(seen, bias, in_blocks)
     loop_idx = torch.zeros((), dtype=torch.long, device=device)
     return LayerInputs(ids, cos, sin, masks, loop_idx, positions=positions, n_keys=n_keys, asides=asides)

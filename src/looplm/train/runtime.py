@@ -3,7 +3,7 @@ kept in the checkpoint, since another choice would change the numbers of a resum
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -67,22 +67,29 @@ def choose_runtime(config: RuntimeConfig, *, trial: Callable[[Runtime], None], l
         n_threads = all_threads if config.n_threads == "auto" else config.n_threads
         return Runtime(device, "bf16" if config.precision == "auto" else config.precision, compiles, n_threads)
     precisions: list[Literal["bf16", "fp32"]] = ["bf16", "fp32"] if config.precision == "auto" else [config.precision]
-    threads = sorted({all_threads, 1}, reverse=True) if config.n_threads == "auto" else [config.n_threads]
-    candidates = [Runtime(device, precision, compiles, n) for precision in precisions for n in threads]
-    if len(candidates) == 1:
-        return candidates[0]
-    seconds = {candidate: _seconds(trial, candidate) for candidate in candidates}
+    most, fewest = (all_threads, 1) if config.n_threads == "auto" else (config.n_threads, config.n_threads)
+    best = _fastest(trial, [Runtime(device, precision, compiles, most) for precision in precisions])
+    if fewest < most:  # with the better precision only: a probe costs seconds of the run's time
+        best = _fastest(trial, [best, replace(best, n_threads=fewest)])
     torch.set_num_threads(all_threads)
-
-    def handicapped(candidate: Runtime) -> float:
-        return seconds[candidate] * (FEWER_THREADS_HANDICAP if candidate.n_threads < all_threads else 1.0)
-
-    return min(candidates, key=handicapped)
+    return best
 
 
 # A probe of seconds decides a run of minutes: whatever else ran during the probe must not cost half of the machine, so
 # one thread is taken only where it is clearly faster (tiny models, cores that are busy all the time).
 FEWER_THREADS_HANDICAP = 1.3
+
+
+def _fastest(trial: Callable[[Runtime], None], candidates: list[Runtime]) -> Runtime:
+    """The candidate whose trial takes least, fewer threads than the first one's handicapped."""
+    if len(candidates) == 1:
+        return candidates[0]
+    seconds = {
+        candidate: _seconds(trial, candidate)
+        * (FEWER_THREADS_HANDICAP if candidate.n_threads < candidates[0].n_threads else 1.0)
+        for candidate in candidates
+    }
+    return min(candidates, key=lambda candidate: seconds[candidate])
 
 
 def _seconds(trial: Callable[[Runtime], None], candidate: Runtime) -> float:

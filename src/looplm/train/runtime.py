@@ -93,11 +93,11 @@ def _fastest(trial: Callable[[Runtime], None], candidates: list[Runtime]) -> Run
 
 
 def _seconds(trial: Callable[[Runtime], None], candidate: Runtime) -> float:
-    """Best of three after a warm-up: shared machines only ever add time."""
+    """Best of two after a warm-up: shared machines only ever add time."""
     torch.set_num_threads(candidate.n_threads)
     trial(candidate)
     times = []
-    for _ in range(3):
+    for _ in range(2):
         started = time.perf_counter()
         trial(candidate)
         times.append(time.perf_counter() - started)

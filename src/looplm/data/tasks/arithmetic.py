@@ -9,10 +9,12 @@ NAME = "arithmetic"
 
 
 def sample(rng: random.Random, *, small: bool = False) -> Example:
-    """+ and -: operands 0..999; *: operands 0..99; small ones 0..19."""
+    """+ and -: operands 0..999; *: operands 0..99. Small: one digit as often as two or three, for each by itself, so
+    that numbers of unlike width meet."""
     op = rng.choice("+-*")
-    top = 19 if small else 99 if op == "*" else 999
-    return _example(rng.randint(0, top), op, rng.randint(0, top))
+    n_digits = 2 if op == "*" else 3
+    left, right = (rng.randint(0, 10 ** (rng.randint(1, n_digits) if small else n_digits) - 1) for _ in range(2))
+    return _example(left, op, right)
 
 
 def sample_harder(rng: random.Random) -> Example:

@@ -9,13 +9,12 @@ NAME = "two_step"
 
 
 def sample(rng: random.Random, *, small: bool = False) -> Example:
-    """Any ops of + - * with at most one *; small numbers 0..19."""
-    top = 19 if small else 99
+    """Any ops of + - * with at most one *; small: one digit as often as two, so that numbers of unlike width meet."""
     while True:
         first, second = rng.choice("+-*"), rng.choice("+-*")
         if (first, second) != ("*", "*"):
             break
-    a, b, c = (rng.randint(0, top) for _ in range(3))
+    a, b, c = (rng.randint(0, 9 if small and rng.random() < 0.5 else 99) for _ in range(3))
     form = rng.randrange(3)
     text = (f"({a} {first} {b}) {second} {c}", f"{a} {first} ({b} {second} {c})", f"{a} {first} {b} {second} {c}")[form]
     right_first = form == 1 or (form == 2 and second == "*")

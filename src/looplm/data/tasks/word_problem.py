@@ -52,8 +52,8 @@ TEMPLATES: tuple[tuple[str, str], ...] = (
 
 
 def sample(rng: random.Random, *, small: bool = False) -> Example:
-    """One of the templates, uniformly; small numbers up to 19."""
-    return _sample(rng, low=1, high=19 if small else 99)
+    """One of the templates, uniformly; small: one digit as often as two."""
+    return _sample(rng, low=1, high=99, small=small)
 
 
 def sample_harder(rng: random.Random) -> Example:
@@ -61,10 +61,10 @@ def sample_harder(rng: random.Random) -> Example:
     return _sample(rng, low=100, high=999)
 
 
-def _sample(rng: random.Random, *, low: int, high: int) -> Example:
+def _sample(rng: random.Random, *, low: int, high: int, small: bool = False) -> Example:
     ops, template = rng.choice(TEMPLATES)
     while True:
-        numbers = [rng.randint(low, high) for _ in range(len(ops) + 1)]
+        numbers = [rng.randint(low, 9 if small and rng.random() < 0.5 else high) for _ in range(len(ops) + 1)]
         value = numbers[0]
         steps: tuple[str, ...] = ()
         for op, number in zip(ops, numbers[1:], strict=True):

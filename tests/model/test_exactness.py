@@ -8,11 +8,12 @@ from torch import Tensor
 
 from cached import cached_logits
 from looplm.errors import ConfigError, DataError
+from looplm.model.block import run_layers
 from looplm.model.init import init_weights
 from looplm.model.layer_inputs import Asides
 from looplm.model.loop.exit import ACT
 from looplm.model.loop.plan import LoopPlan
-from looplm.model.looped import LoopedLM, run_layers
+from looplm.model.looped import LoopedLM
 from looplm.model.mla import MLA
 
 IDS = torch.randint(0, 40, (3, 12), generator=torch.Generator().manual_seed(7))

@@ -9,10 +9,15 @@ import typer
 def evaluate(
     run: Annotated[str, typer.Argument(help="A run folder, or builtin:reasoner.")],
     suite: Annotated[
-        str | None, typer.Option(help="reasoning or s3. Default: what the run was trained on.", show_default=False)
+        str | None,
+        typer.Option(
+            help="reasoning, s3, or loops: either of them over the whole dial. Default: what the run was trained on.",
+            show_default=False,
+        ),
     ] = None,
     n: Annotated[
-        int | None, typer.Option("--n", help="Questions per task (500), or sequences per length (200).")
+        int | None,
+        typer.Option("--n", help="Questions per task (500; loops: 100), or sequences per length (200)."),
     ] = None,
     loops: Annotated[
         str | None,
@@ -31,6 +36,7 @@ def evaluate(
         typer.Option("--harder/--no-harder", help="Also score questions beyond the trained ranges.", show_default="on"),
     ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the scores here.", show_default=False)] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the loops suite here, a PNG.", show_default=False)] = None,
 ) -> None:
     """Score a run: accuracy with 95 % intervals, by number of loops."""
     from looplm.checkpoint import load_run
@@ -38,13 +44,21 @@ def evaluate(
 
     if n is not None and n < 1:
         raise ConfigError(f"--n {n} is too small; give 1 or more")
-    if suite not in (None, "reasoning", "s3"):
-        raise ConfigError(f"no suite {suite!r}; there is reasoning and s3")
-    if json_out is not None:
-        _check_writable(json_out)
+    if suite not in (None, "reasoning", "s3", "loops"):
+        raise ConfigError(f"no suite {suite!r}; there is reasoning, s3 and loops")
+    if plot is not None and suite != "loops":
+        raise ConfigError("--plot draws the loops suite; add --suite loops")
+    for option, path in (("--json", json_out), ("--plot", plot)):
+        if path is not None:
+            _check_writable(path, option=option)
     loaded = load_run(run)
     trained_on = loaded.config.get("data", {}).get("kind")
-    if suite == "s3" or (suite is None and questions is None and trained_on == "permutations"):
+    if suite == "loops":
+        for option, value in (("--questions", questions), ("--harder", harder), ("--lengths", lengths)):
+            if value is not None:
+                raise ConfigError(f"{option} is for the other suites; loops takes --n, --loops and --plot")
+        scores = {"suite": "loops", **_dial(loaded, loops=loops, n=n, plot=plot)}
+    elif suite == "s3" or (suite is None and questions is None and trained_on == "permutations"):
         for option, value in (("--questions", questions), ("--harder", harder)):
             if value is not None:
                 raise ConfigError(f"{option} is for the reasoning suite; s3 takes --lengths, --loops and --n")
@@ -91,6 +105,30 @@ def _staircase(model: Any, *, lengths: str | None, loops: str | None, n: int | N
     return {"rows": [row.as_dict() for row in rows]}
 
 
+def _dial(loaded: Any, *, loops: str | None, n: int | None, plot: Path | None) -> dict[str, Any]:
+    import importlib.util
+
+    from looplm.cli.arguments import loop_counts
+    from looplm.cli.progress import CountProgress
+    from looplm.cli.show import dial_table
+    from looplm.errors import ConfigError
+    from looplm.eval.loops import dial_counts, measure_dial, trained_depth
+    from looplm.eval.plots import dial_plot
+
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot draws with matplotlib, which is not installed: pip install 'looplm[plot]'")
+    trained = trained_depth(loaded)
+    counts = sorted({*(loop_counts(loops) if loops is not None else dial_counts(trained)), trained})
+    default = 200 if loaded.config["data"]["kind"] == "permutations" else 100
+    with CountProgress("measuring", len(counts)) as progress:
+        dial = measure_dial(loaded, counts=counts, n=n or default, on_progress=progress)
+    dial_table(dial)
+    if plot is not None:
+        plot.write_bytes(dial_plot(dial))
+        typer.echo(f"wrote {plot}")
+    return dial.as_dict()
+
+
 def _reasoning(
     loaded: Any, *, run: str, loops: str | None, n: int | None, questions: Path | None, harder: bool | None
 ) -> dict[str, Any]:
@@ -131,17 +169,17 @@ def _reasoning(
     }
 
 
-def _check_writable(path: Path) -> None:
-    """Refuse a place that cannot take the scores, before they are worked out."""
+def _check_writable(path: Path, *, option: str) -> None:
+    """Refuse a place that cannot take the results, before they are worked out."""
     import os
 
     from looplm.errors import ConfigError
 
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise ConfigError(f"--json {str(path)!r}: the folder {str(folder)!r} does not exist; make it first")
+        raise ConfigError(f"{option} {str(path)!r}: the folder {str(folder)!r} does not exist; make it first")
     if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise ConfigError(f"--json {str(path)!r} cannot be written; give a file in a folder of yours")
+        raise ConfigError(f"{option} {str(path)!r} cannot be written; give a file in a folder of yours")
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from looplm.eval.interval import Score
+from looplm.eval.loops import Dial
 from looplm.eval.staircase import Row
 
 
@@ -27,6 +28,23 @@ def reasoning_table(title: str, columns: Mapping[str, Mapping[str, Score | str]]
         cells = [scores.get(task, "-") for scores in columns.values()]
         table.add_row(escape(task), *(percent(cell) if isinstance(cell, Score) else cell for cell in cells))
     Console().print(table)
+
+
+def dial_table(dial: Dial) -> None:
+    """Loops down; quality, loss, and what the state did at that loop."""
+    table = Table(title=escape(f"quality by number of loops ({dial.what})"), title_justify="left")
+    for name in ("loops", "right, % [95 %]", "loss, nats", "change by the loop", "size of the state"):
+        table.add_column(name, justify="right")
+    states = {state.loop: state for state in dial.states}
+    for row in dial.rows:
+        state = states.get(row.loops)
+        change = "-" if state is None or state.change is None else f"{state.change:.4f}"
+        size = "-" if state is None else f"{state.norm:.2f}"
+        mark = " *" if row.loops == dial.trained else ""
+        table.add_row(f"{row.loops}{mark}", percent(row.score), f"{row.loss:.4f}", change, size)
+    console = Console()
+    console.print(table)
+    console.print(f"[dim]* trained depth[/dim]\n{escape(dial.verdict)}")
 
 
 def staircase_table(title: str, models: Mapping[str, Sequence[Row]]) -> None:

@@ -71,11 +71,12 @@ DataConfig = Annotated[ReasoningConfig | PermutationsConfig, Field(discriminator
 
 
 class ReasoningSource:
-    """Fresh training questions for ever; test questions are drawn again."""
+    """Fresh training questions for ever; test questions are drawn again. With `held_out` the other way round."""
 
-    def __init__(self, config: ReasoningConfig, *, seed: int) -> None:
+    def __init__(self, config: ReasoningConfig, *, seed: int, held_out: bool = False) -> None:
         self.config = config
         self.seed = seed
+        self.held_out = held_out
         self.tokenizer = reasoning_tokenizer()
 
     def batch(self, index: int) -> Batch:
@@ -83,12 +84,12 @@ class ReasoningSource:
         return pack(lambda: self.draw(rng), n_rows=self.config.n_rows, row_len=self.config.row_len, pad_id=PAD_ID)
 
     def draw(self, rng: random.Random) -> Document:
-        """One training question with its worked solution."""
+        """One question of the source's side with its worked solution."""
         names, weights = list(self.config.weights), list(self.config.weights.values())
         while True:
             task = REASONING[rng.choices(names, weights)[0]]
             example = task.sample(rng, small=rng.random() < self.config.small_share)
-            if not is_test_question(example.question):
+            if is_test_question(example.question) == self.held_out:
                 break
         prompt = self.tokenizer.encode(render_prompt(example.question)).ids
         completion = self.tokenizer.encode(render_completion(example)).ids

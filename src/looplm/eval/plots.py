@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from looplm.eval.interval import Score
+from looplm.eval.loops import Dial
 from looplm.eval.staircase import Row
 
 # Colour-blind safe (Okabe & Ito), one per line in order.
@@ -62,6 +63,25 @@ def loops_plot(by_loops: Mapping[int, Mapping[str, Score]], *, trained: str) -> 
     return _png(figure)
 
 
+def dial_plot(dial: Dial) -> bytes:
+    """Quality over the number of loops, and below it how much each loop still changes the state."""
+    figure, axes = _figure(7.2, 5.2, n_panels=2)
+    above, below = axes
+    counts = [row.loops for row in dial.rows]
+    scores = [row.score for row in dial.rows]
+    values = [100 * score.accuracy for score in scores]
+    above.errorbar(counts, values, yerr=_errors(scores), color=COLOURS[0], marker="o", markersize=4, capsize=2)
+    above.set(ylim=(-3, 103), ylabel="right answers, %")
+    above.set_title("The dial: quality by number of loops", fontsize=11, loc="left")
+    moved = [state for state in dial.states if state.change is not None]
+    below.plot([state.loop for state in moved], [state.change for state in moved], color=COLOURS[1], marker="o", ms=3)
+    below.set(yscale="log", xlabel="loops per token", ylabel="change by the loop, relative")
+    for panel in axes:
+        panel.axvline(dial.trained, color="#666666", linewidth=0.8, linestyle=":")
+    above.text(dial.trained, 1, " trained", color="#666666", fontsize=8)
+    return _png(figure)
+
+
 def comparison_plot(columns: Mapping[str, Mapping[str, Score | float]]) -> bytes:
     """Bars per task, one per model; plain numbers (published ones) carry no interval."""
     figure, axes = _figure(7.6, 3.8)
@@ -93,15 +113,17 @@ def loss_plot(records: Sequence[Mapping[str, float]]) -> bytes:
     return _png(figure)
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def _figure(width: float, height: float, *, n_panels: int = 1) -> tuple[Any, Any]:
+    """A figure and its axes: one, or several below each other that share their x."""
     from matplotlib.figure import Figure  # no pyplot: no global state and no display
 
     figure = Figure(figsize=(width, height), dpi=140, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    return figure, axes
+    panels = figure.subplots(n_panels, sharex=True, squeeze=False)[:, 0]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+        axes.set_axisbelow(True)
+    return figure, panels if n_panels > 1 else panels[0]
 
 
 def _errors(scores: Sequence[Score]) -> list[list[float]]:

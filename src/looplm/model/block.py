@@ -1,5 +1,7 @@
 """One transformer layer: entry parts, then x + attention(norm(x)), then x + ffn(norm(x))."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, TypedDict
 
 import torch
@@ -10,7 +12,7 @@ from looplm.config import Config
 from looplm.model.attention import GQA, GQAConfig
 from looplm.model.cache import Slot
 from looplm.model.ffn import FFNConfig, Parallel, ParallelConfig, make_ffn
-from looplm.model.layer_inputs import LayerInputs, Place
+from looplm.model.layer_inputs import Asides, LayerInputs, Place
 from looplm.model.linear import FullConfig, LinearConfig, LowRankConfig
 from looplm.model.mla import MLA, MLAConfig
 from looplm.model.moe import MoE, MoEConfig
@@ -136,3 +138,16 @@ class Block(nn.Module):
             x = part(x, inputs)
         x = x + self.attention(self.attention_norm(x), inputs, slot)
         return x + self.ffn(self.ffn_norm(x), inputs)
+
+
+def run_layers(layers: nn.ModuleList, x: Tensor, *, inputs: LayerInputs, slots: Sequence[Slot] | None) -> Tensor:
+    """Apply layers in order, each with its cache slot."""
+    for number, layer in enumerate(layers):
+        assert isinstance(layer, Block)
+        # a list of its own per layer: compiled code asks how long a list is before it appends
+        beside = None if inputs.asides is None else Asides()
+        x = layer(x, replace(inputs, asides=beside), None if slots is None else slots[number])
+        inputs.streams[layer.place.layer_idx] = x
+        if inputs.asides is not None and beside is not None:
+            inputs.asides.extend(beside)
+    return x

@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from looplm.model.layer_inputs import LayerInputs
+
 
 @dataclass
 class Slot:
@@ -44,6 +46,13 @@ class Behind:
     def each(self, change: Callable[[Tensor], Tensor]) -> "Behind":
         """`change` applied to every tensor."""
         return Behind(*(change(getattr(self, field.name)) for field in fields(self)))
+
+
+def left_behind(inputs: LayerInputs, entry: Tensor, state: Tensor) -> Behind:
+    """The tokens of a cached forward as they stand now."""
+    assert inputs.positions is not None
+    assert inputs.first is not None
+    return Behind(inputs.ids, inputs.positions, inputs.first, entry, state)
 
 
 def join(groups: Sequence[Behind], *, scratch: int) -> Behind:

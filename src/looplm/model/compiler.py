@@ -6,9 +6,16 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+
+
+@runtime_checkable
+class LaysOut(Protocol):
+    """A part that can put its weights in memory as products of few rows read them fastest."""
+
+    def lay_out(self) -> None: ...
 
 
 def has_compiler() -> bool:

@@ -3,7 +3,7 @@
 Shapes: B batch, T tokens, S keys, K head width.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -14,7 +14,6 @@ from looplm.model.rope import RopeConfig, rope_tables
 # Up to this length a CPU trains faster with the scores written out than with the flash kernel, whose backward is slow
 # there (docs/log.md, 2026-11-21). The mask is added, not filled in: compiled, a fill takes three times as long.
 MAX_WRITTEN_OUT = 512
-
 
 
 @cache
@@ -40,6 +39,11 @@ class Mask:
     seen: Tensor | None  # (1 or B, 1, T, S), True where a key is seen; None means plain causal over T
     bias: Tensor | None = None  # (1 or B, 1, T, S), 0 where a key is seen, -1e30 elsewhere: scores are written out
     in_blocks: bool = False  # and that in blocks of queries, without the keys that causality rules out
+
+    def rows(self, index: Tensor) -> "Mask":
+        """The mask of some rows of the batch."""
+        seen, bias = (None if part is None else _rows(part, index) for part in (self.seen, self.bias))
+        return Mask(seen, bias, self.in_blocks)
 
 
 @dataclass
@@ -69,6 +73,24 @@ class LayerInputs:
     asides: Asides | None = None  # where parts put what they say beside their output; None where nobody asks
     first: Tensor | None = None  # (B, T, D), the stream as it entered the first layer
     streams: dict[int, Tensor] = field(default_factory=dict)  # the stream after each layer so far, by layer_idx
+
+    def rows(self, index: Tensor) -> "LayerInputs":
+        """What the layers share of some rows of the batch; no cache, and streams of their own."""
+        assert self.positions is None
+        return replace(
+            self,
+            ids=self.ids.index_select(0, index),
+            cos=_rows(self.cos, index),
+            sin=_rows(self.sin, index),
+            masks={window: mask.rows(index) for window, mask in self.masks.items()},
+            first=None if self.first is None else self.first.index_select(0, index),
+            streams={},
+        )
+
+
+def _rows(shared: Tensor, index: Tensor) -> Tensor:
+    """Rows of a tensor (1 or B, ...): one that all rows share is as it is."""
+    return shared if len(shared) == 1 else shared.index_select(0, index)
 
 
 def layer_inputs(

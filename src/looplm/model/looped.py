@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, D d_model.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from looplm.config import Config
 from looplm.errors import ConfigError, DataError
-from looplm.model.block import AdapterConfig, Block, BlockConfig
-from looplm.model.cache import Behind, KVCache, Slot, join
-from looplm.model.compiler import has_compiler, only_arguments
+from looplm.model.block import AdapterConfig, Block, BlockConfig, run_layers
+from looplm.model.cache import KVCache, Slot, join, left_behind
+from looplm.model.compiler import LaysOut, has_compiler, only_arguments
 from looplm.model.cross_entropy import LossChunk, cross_entropy
 from looplm.model.ffn import FFNConfig, ParallelConfig
 from looplm.model.init import init_weights
@@ -26,6 +26,7 @@ from looplm.model.loop.adapter import LoopLoRA, LoopLoRAConfig
 from looplm.model.loop.exit import ExitConfig, Halting, NoExitConfig, make_exit
 from looplm.model.loop.inject import InjectConfig, NoInjectConfig, make_inject
 from looplm.model.loop.plan import LoopPlan
+from looplm.model.loop.rows import run_rows
 from looplm.model.moe import MoEConfig
 from looplm.model.norm import RMSNorm
 from looplm.model.smear import SmearConfig, make_smear
@@ -127,13 +128,6 @@ class LoopedOutput:
     logits: Tensor  # (B, T, n_outputs or vocab_size)
     hidden: Tensor  # (B, T, D), after the final norm
     n_loops: int
-
-
-@runtime_checkable
-class LaysOut(Protocol):
-    """A part that can put its weights in memory as products of few rows read them fastest."""
-
-    def lay_out(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -238,14 +232,14 @@ class LoopedLM(nn.Module):
             hidden, weight, targets, softcap=softcap, label_smoothing=label_smoothing, chunk=self.loss_chunk
         )
 
-    def compile_parts(self) -> None:
-        """Compile the layers and the loss, for inputs of one shape: not the unrolled loop, which takes most of a minute
-        and gains nothing."""
+    def compile_parts(self, *, rows_vary: bool = False) -> None:
+        """Compile the layers and the loss, for inputs of one shape or, with `rows_vary`, of any number of rows: not the
+        unrolled loop, which takes most of a minute and gains nothing."""
         dynamo = torch._dynamo.config
         # layers share one code object: beyond the usual limit of 8 the last ones would silently run uncompiled
         dynamo.recompile_limit = max(dynamo.recompile_limit, 8 + 4 * self.config.n_layers)
         for block in self.blocks():
-            block.compile(dynamic=False)
+            block.compile(dynamic=None if rows_vary else False)
         self.loss_chunk = LossChunk(compiled=True)
 
     def compile_decoding(self) -> None:
@@ -317,6 +311,8 @@ class LoopedLM(nn.Module):
             )
         if cache is not None:
             self._check_cached(cache, plan=plan, positions=positions, n_keys=n_keys)
+        if plan.per_row is not None:
+            self._check_rows(plan, n_rows=len(ids))
         parts: LoopedLM | CompiledParts = self
         if self.one_token is not None and cache is not None and ids.shape[1] == 1 and n_keys == cache.capacity:
             parts = self.one_token if asides is None and states is None else self
@@ -397,6 +393,19 @@ class LoopedLM(nn.Module):
             raise DataError(f"{n_keys} tokens do not fit the cache of {cache.capacity}; make it with more capacity")
         if plan.recompute:
             raise ConfigError("a plan with recompute is for training; with a cache nothing is computed again")
+        if plan.per_row is not None:
+            raise ConfigError("a plan with loops per row is for training; with a cache all rows run the same number")
+
+    def _check_rows(self, plan: LoopPlan, *, n_rows: int) -> None:
+        """Refuse loops by row where they would mean nothing."""
+        assert plan.per_row is not None
+        if len(plan.per_row) != n_rows:
+            raise ConfigError(f"the plan has loops for {len(plan.per_row)} rows and the batch has {n_rows}")
+        if self.exit.can_settle or self.backout is not None:
+            raise ConfigError(
+                "loops per row need a model whose output is the last state alone: this one has "
+                f"{'an exit of its own' if self.exit.can_settle else 'a backout'}; take another plan"
+            )
 
     def inputs(
         self,
@@ -443,23 +452,21 @@ class LoopedLM(nn.Module):
         """The loop: inject, core layers, exit, n_loops times, or until no later loop can change the result."""
         tracking = torch.is_grad_enabled()
         entry = self.inject.prepare(entry)
+        one_loop = self.recomputed_loop if plan.recompute else self.one_loop
+        if plan.per_row is not None:
+            return self.inject.read_out(run_rows(one_loop, entry, plan=plan, inputs=inputs, states=states))
         halting = self.exit.start(entry)
         state: Tensor | None = None
         for loop_idx in range(plan.n_loops):
             is_last = loop_idx == plan.n_loops - 1
-            carries_gradient = tracking and plan.carries_gradient(loop_idx)
             number = torch.full_like(inputs.loop_idx, loop_idx)
-            with torch.set_grad_enabled(carries_gradient):
-                if plan.recompute and carries_gradient:
-                    state, asides = checkpoint(
-                        self.one_loop, state, entry, number, inputs, use_reentrant=False, preserve_rng_state=False
-                    )
-                elif cache is not None:
+            with torch.set_grad_enabled(tracking and plan.carries_gradient(loop_idx)):
+                if cache is not None:
                     state, asides = self.cached_loop(
                         state, entry, loop_idx, inputs, cache, halting, is_last=is_last, parts=parts or self
                     )
                 else:
-                    state, asides = self.one_loop(state, entry, number, inputs)
+                    state, asides = one_loop(state, entry, number, inputs)
                 if inputs.asides is not None and asides is not None:
                     inputs.asides.extend(asides)
                 if cache is None:
@@ -496,6 +503,17 @@ class LoopedLM(nn.Module):
         if self.loop_lora is not None:
             out = self.loop_lora(out, inputs.loop_idx)
         return self.inject.leave(state, entry, out), asides
+
+    def recomputed_loop(
+        self, state: Tensor | None, entry: Tensor, loop_idx: Tensor, inputs: LayerInputs
+    ) -> tuple[Tensor, Asides | None]:
+        """`one_loop`, computed once more in the backward pass in place of keeping its activations."""
+        if not torch.is_grad_enabled():
+            return self.one_loop(state, entry, loop_idx, inputs)
+        again: tuple[Tensor, Asides | None] = checkpoint(
+            self.one_loop, state, entry, loop_idx, inputs, use_reentrant=False, preserve_rng_state=False
+        )
+        return again
 
     def loop_and_exit(
         self,
@@ -578,23 +596,3 @@ class LoopedLM(nn.Module):
             for block in part:
                 assert isinstance(block, Block)
                 yield block
-
-
-def left_behind(inputs: LayerInputs, entry: Tensor, state: Tensor) -> Behind:
-    """The tokens of a cached forward as they stand now."""
-    assert inputs.positions is not None
-    assert inputs.first is not None
-    return Behind(inputs.ids, inputs.positions, inputs.first, entry, state)
-
-
-def run_layers(layers: nn.ModuleList, x: Tensor, *, inputs: LayerInputs, slots: Sequence[Slot] | None) -> Tensor:
-    """Apply layers in order, each with its cache slot."""
-    for number, layer in enumerate(layers):
-        assert isinstance(layer, Block)
-        # a list of its own per layer: compiled code asks how long a list is before it appends
-        beside = None if inputs.asides is None else Asides()
-        x = layer(x, replace(inputs, asides=beside), None if slots is None else slots[number])
-        inputs.streams[layer.place.layer_idx] = x
-        if inputs.asides is not None and beside is not None:
-            inputs.asides.extend(beside)
-    return x

@@ -5,6 +5,7 @@ numbered, plans are drawn from (seed, step), so a resumed run repeats the uninte
 in steps or tokens; a budget in minutes ties the learning rate to the clock).
 """
 
+import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -22,15 +23,19 @@ from torch.optim import Optimizer
 from looplm.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
 from looplm.config import Config
 from looplm.data.loader import Loader
+from looplm.data.pack import Batch
 from looplm.data.sources import Source
 from looplm.errors import CheckpointError, ConfigError, TrainingError
-from looplm.model.loop.plan import PlanConfig
+from looplm.model.loop.plan import PlanConfig, PoissonPlanConfig
 from looplm.model.looped import LoopedLM
 from looplm.optim.groups import OptimizerConfig, gradient_norm, make_optimizers, set_lr_scale
 from looplm.optim.schedule import ScheduleConfig
 from looplm.telemetry.sinks import Record, Sink, make_sinks
-from looplm.train.losses import next_token_loss
+from looplm.train.losses import LoopLossConfig, StateLossConfig, next_token_loss
+from looplm.train.probes import probe_loops, worries
 from looplm.train.runtime import Runtime, RuntimeConfig, choose_runtime
+
+logger = logging.getLogger(__name__)
 
 LONG_RUN_MINUTES = 3.0  # compiling the blocks costs up to 40 s; below this it does not come back
 LONG_RUN_STEPS = 400
@@ -57,6 +62,10 @@ class TrainConfig(Config):
     """Rate over the budget."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each target spread over all tokens."""
+    loop_loss: LoopLossConfig | None = None
+    """Learn from the states after the earlier loops too; null for the last one alone."""
+    state_loss: StateLossConfig | None = None
+    """Keep the state small, or later loops from moving it; null for neither."""
     accumulate: PositiveInt = 1
     """Micro-batches per step."""
     grad_clip: PositiveFloat | None = 1.0
@@ -65,6 +74,9 @@ class TrainConfig(Config):
     """Processes that make batches; 0 makes them between steps."""
     log_every: PositiveInt = 10
     """Steps between records."""
+    probe_every: PositiveInt | None = None
+    """Steps between probes of the loops (loss and state by loop, decays, adapters, routers); null for none. One costs
+    some twenty forward passes of a model of two loops."""
     checkpoint_minutes: PositiveFloat = 5.0
     """Wall time between checkpoints; one more is written at the end."""
     checkpoint_steps: PositiveInt | None = None
@@ -80,6 +92,11 @@ class TrainConfig(Config):
     def _has_budget(self) -> "TrainConfig":
         if self.minutes is None and self.steps is None and self.tokens is None:
             raise ValueError("no budget: set minutes, steps or tokens")
+        for name, is_set in (("loop_loss", self.loop_loss), ("state_loss", self.state_loss)):
+            if is_set is not None and isinstance(self.plan, PoissonPlanConfig):
+                raise ValueError(
+                    f"{name} looks at all sequences after the same loop; plan kind poisson ends them apart"
+                )
         return self
 
     def progress(self, position: "Position") -> float:
@@ -141,6 +158,8 @@ class _Fit:
     ) -> None:
         self.model, self.source, self.config, self.folder, self.observers = model, source, config, folder, observers
         self.started = time.perf_counter()
+        self.last_batch: Batch
+        self.said: set[str] = set()  # worries
         is_resumed = bool(checkpoints(folder))
         if is_resumed:
             self.position, self.runtime = self._saved_state()
@@ -148,7 +167,7 @@ class _Fit:
             self.position, self.runtime = Position(), self._choose_runtime()
         self.seconds_before, self.waited_before = self.position.seconds, self.position.seconds_waited
         # the model moves before its optimizers are made: they hold its parameters, and their state follows those
-        self.runtime.apply(model)
+        self.runtime.apply(model, rows_vary=isinstance(config.plan, PoissonPlanConfig))
         self.device = torch.device(self.runtime.device)
         # a machine that multiplies faster in fp32 does so in the optimizer too
         muon_dtype = torch.bfloat16 if self.runtime.precision == "bf16" else torch.float32
@@ -170,7 +189,9 @@ class _Fit:
                     now = time.perf_counter()
                     position.seconds = self.seconds_before + now - self.started
                     position.seconds_waited = self.waited_before + loader.seconds_waited
-                    if position.step % config.log_every == 0 or config.progress(position) >= 1:
+                    probed = self._probe()
+                    if position.step % config.log_every == 0 or probed or config.progress(position) >= 1:
+                        record |= probed
                         record["tokens_per_second"] = (position.tokens - tokens_logged) / (now - last_logged)
                         record["seconds"] = round(position.seconds, 3)
                         record["waiting_share"] = position.seconds_waited / position.seconds
@@ -192,17 +213,28 @@ class _Fit:
         scale = config.schedule.scale(config.progress(position))
         rng = np.random.default_rng([config.seed, position.step, PLAN_STREAM])
         loss = torch.zeros((), device=self.device)
-        n_loops = 0
+        n_loops = 0.0
         loads: list[tuple[int, torch.Tensor]] = []
         for batch in islice(batches, config.accumulate):
-            batch = batch.to(self.device)
-            plan = replace(config.plan.sample(rng, n_tokens=batch.ids.shape[1]), recompute=config.recompute)
+            batch = self.last_batch = batch.to(self.device)
+            n_rows, n_tokens = batch.ids.shape
+            plan = config.plan.sample(rng, n_tokens=n_tokens, n_rows=n_rows)
+            plan = replace(plan, recompute=config.recompute)
             with self.runtime.autocast():
-                part = next_token_loss(self.model, batch, plan, label_smoothing=config.label_smoothing, loads=loads)
+                part = next_token_loss(
+                    self.model,
+                    batch,
+                    plan,
+                    label_smoothing=config.label_smoothing,
+                    loop_loss=config.loop_loss,
+                    state_loss=config.state_loss,
+                    seed=int(rng.integers(1 << 62)) if config.state_loss is not None else 0,
+                    loads=loads,
+                )
             (part / config.accumulate).backward()
             loss += part.detach() / config.accumulate
             position.tokens += batch.n_tokens
-            n_loops += plan.n_loops
+            n_loops += plan.mean_loops
         norm = gradient_norm(self.model)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise TrainingError(self._non_finite(float(loss), float(norm)))
@@ -227,6 +259,19 @@ class _Fit:
         if loads:
             record["max_load"] = float(torch.stack([load.max() / load.float().mean() for _, load in loads]).max())
         return record
+
+    def _probe(self) -> Record:
+        """What the loops do, where it is time to ask; what is worrying about it is said once."""
+        every, n_loops = self.config.probe_every, self.model.config.n_loops
+        if every is None or self.position.step % every:
+            return {}
+        with self.runtime.autocast():
+            found = probe_loops(self.model, self.last_batch, n_loops=n_loops)
+        for kind, sentence in worries(found, n_loops=n_loops):
+            if kind not in self.said:
+                logger.warning("step %d: %s", self.position.step, sentence)
+            self.said.add(kind)
+        return dict(found)
 
     def _report(self, record: Record, sinks: list[Sink]) -> None:
         """Write a record everywhere. If it cannot be written, what was learned so far still is."""
@@ -261,12 +306,15 @@ class _Fit:
     def _choose_runtime(self) -> Runtime:
         config = self.config
         batch = self.source.batch(PROBE_BATCH)
-        plan = config.plan.sample(np.random.default_rng(config.seed), n_tokens=batch.ids.shape[1])
+        n_rows, n_tokens = batch.ids.shape
+        plan = config.plan.sample(np.random.default_rng(config.seed), n_tokens=n_tokens, n_rows=n_rows)
         plan = replace(plan, recompute=config.recompute)
 
         def trial(runtime: Runtime) -> None:
             with runtime.autocast():
-                next_token_loss(self.model, batch, plan).backward()
+                next_token_loss(
+                    self.model, batch, plan, loop_loss=config.loop_loss, state_loss=config.state_loss
+                ).backward()
             self.model.zero_grad(set_to_none=True)
 
         steps = min(config.steps or 10**12, (config.tokens or 10**18) // (batch.n_tokens * config.accumulate))

@@ -1,13 +1,40 @@
 """Losses. The label shift is done where batches are made (data.pack), so every loss takes targets as they are."""
 
+from dataclasses import dataclass, replace
+from typing import Literal
+
 import torch
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
+from looplm.config import Config
 from looplm.data.pack import IGNORE, Batch
 from looplm.errors import DataError
-from looplm.model.layer_inputs import Asides
+from looplm.model.layer_inputs import Asides, LayerInputs
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import LoopedLM
+
+JACOBIAN_STEP = 1e-2  # of the state's size
+
+
+class LoopLossConfig(Config):
+    """A share of the loss for the states after the earlier loops, each read out as if it were the last: fewer loops
+    than were trained then still answer. Costs coda and head once more per loop; logits are kept for none of them."""
+
+    share: float = Field(gt=0, lt=1)
+    """Of the whole loss, for all earlier loops together."""
+    weights: Literal["uniform", "linear"] = "uniform"
+    """How the share is split: alike, or in proportion to the loop's number."""
+
+
+class StateLossConfig(Config):
+    """What is added to the loss for a state that behaves: that stays small, and that one more loop hardly moves."""
+
+    jacobian: NonNegativeFloat = 0.0
+    """Weight of |J v|^2 / |v|^2 for a random v, J the Jacobian of one more loop at the last state (STARS, 2026): below
+    1 on average, loops bring states together. Costs two more loops, in fp32."""
+    norm: NonNegativeFloat = 0.0
+    """Weight of the last state's mean square."""
 
 
 def next_token_loss(
@@ -16,20 +43,81 @@ def next_token_loss(
     plan: LoopPlan,
     *,
     label_smoothing: float = 0.0,
+    loop_loss: LoopLossConfig | None = None,
+    state_loss: StateLossConfig | None = None,
+    seed: int = 0,
     loads: list[tuple[int, Tensor]] | None = None,
 ) -> Tensor:
     """Mean cross-entropy over the scored positions, nats, plus what the model's parts ask for (router balance, ponder
-    cost). The head runs on the scored positions only. The routers' loads are appended to `loads`."""
+    cost). The head runs on the scored positions only. With `loop_loss`, of the earlier loops that carry gradient too;
+    with `state_loss`, what it adds, in a random direction that `seed` decides. The routers' loads are appended to
+    `loads`."""
     asides = Asides()
-    hidden = model.hidden(batch.ids, plan=plan, documents=batch.documents, asides=asides)
+    unrolled: _Unrolled | None = None
+    if loop_loss is None and state_loss is None:
+        hidden = [model.hidden(batch.ids, plan=plan, documents=batch.documents, asides=asides)]
+    else:
+        unrolled = _unroll(model, batch, plan, asides=asides)
+        hidden = unrolled.hidden if loop_loss is not None else unrolled.hidden[-1:]
     if loads is not None:
         loads.extend(asides.loads)
-    rows, targets = hidden.flatten(0, 1), batch.targets.flatten()
-    scored = targets != IGNORE
-    if not scored.all():
-        index = torch.nonzero(scored).squeeze(1)
-        if not len(index):
-            raise DataError("no position of this batch is scored, so there is nothing to learn from it: longer rows?")
-        rows, targets = rows.index_select(0, index), targets.index_select(0, index)
-    loss = model.cross_entropy(rows, targets, label_smoothing=label_smoothing)
+    scored = batch.targets.flatten() != IGNORE
+    index = None if scored.all() else torch.nonzero(scored).squeeze(1)
+    if index is not None and not len(index):
+        raise DataError("no position of this batch is scored, so there is nothing to learn from it: longer rows?")
+
+    def cross_entropy(hidden: Tensor) -> Tensor:
+        rows, targets = hidden.flatten(0, 1), batch.targets.flatten()
+        if index is not None:
+            rows, targets = rows.index_select(0, index), targets.index_select(0, index)
+        return model.cross_entropy(rows, targets, label_smoothing=label_smoothing)
+
+    loss = cross_entropy(hidden.pop())
+    if loop_loss is not None and hidden:
+        weights = [loop if loop_loss.weights == "linear" else 1 for loop in range(1, len(hidden) + 1)]
+        earlier = [weight / sum(weights) * cross_entropy(each) for weight, each in zip(weights, hidden, strict=True)]
+        loss = (1 - loop_loss.share) * loss + loop_loss.share * torch.stack(earlier).sum()
+    if unrolled is not None and state_loss is not None:
+        loss = loss + _of_state(model, unrolled, state_loss, loop_idx=plan.n_loops, seed=seed)
     return loss + torch.stack(asides.losses).sum() if asides.losses else loss
+
+
+@dataclass(frozen=True)
+class _Unrolled:
+    """A forward with what lies between its ends, each (B, T, D)."""
+
+    inputs: LayerInputs
+    entry: Tensor  # as every loop takes it in
+    state: Tensor  # after the last loop
+    hidden: list[
+        Tensor
+    ]  # what coda and norm make of the state after each loop that carries gradient, the last one last
+
+
+def _unroll(model: LoopedLM, batch: Batch, plan: LoopPlan, *, asides: Asides) -> _Unrolled:
+    assert plan.per_row is None, "refused by TrainConfig"
+    x, inputs = model.enter(
+        batch.ids, None, positions=None, n_keys=None, documents=batch.documents, before=None, asides=asides
+    )
+    states: list[Tensor] = []
+    last = model.run_core(x, plan=plan, inputs=inputs, states=states)
+    earlier = [state for loop_idx, state in enumerate(states[:-1]) if plan.carries_gradient(loop_idx)]
+    hidden = [model.leave(state, inputs, None) for state in (*map(model.inject.read_out, earlier), last)]
+    return _Unrolled(inputs, model.inject.prepare(x), states[-1], hidden)
+
+
+def _of_state(model: LoopedLM, unrolled: _Unrolled, config: StateLossConfig, *, loop_idx: int, seed: int) -> Tensor:
+    """What `config` adds to the loss."""
+    loss = config.norm * unrolled.state.float().square().mean()
+    if not config.jacobian:
+        return loss
+    # by a finite difference: attention's own backward has no derivative of its own. In the weights' type, since bf16
+    # would round it away
+    inputs = replace(unrolled.inputs, asides=None)
+    number = torch.full_like(inputs.loop_idx, loop_idx)
+    state, entry = (tensor.to(model.embed.weight.dtype) for tensor in (unrolled.state, unrolled.entry))
+    direction = torch.randn(state.shape, generator=torch.Generator().manual_seed(seed)).to(state)
+    step = JACOBIAN_STEP * state.detach().square().mean().sqrt()
+    with torch.autocast(state.device.type, enabled=False):
+        here, there = (model.one_loop(at, entry, number, inputs)[0] for at in (state, state + step * direction))
+    return loss + config.jacobian * ((there - here) / step).square().mean()

@@ -13,7 +13,8 @@ from looplm.data.sources import DataConfig, PermutationsConfig, make_source
 from looplm.data.tasks import permutations
 from looplm.data.tokenizer import VOCAB_SIZE
 from looplm.errors import ConfigError, TrainingError
-from looplm.model.loop.plan import LengthPlanConfig
+from looplm.model.loop.exit import NoExitConfig
+from looplm.model.loop.plan import LengthPlanConfig, PoissonPlanConfig
 from looplm.model.looped import LoopedLM, ModelConfig
 from looplm.train.fit import FitResult, Observer, TrainConfig, fit
 
@@ -46,6 +47,16 @@ class RunConfig(Config):
             if isinstance(self.train.plan, LengthPlanConfig):
                 raise ValueError("plan kind length ties loops to the length of a sequence; packed rows have none")
             longest = data.row_len
+        wants_last_state = {
+            "plan kind poisson": isinstance(self.train.plan, PoissonPlanConfig),
+            "train.loop_loss": self.train.loop_loss is not None,
+        }
+        for name, is_set in wants_last_state.items():
+            if is_set and (model.backout or not isinstance(model.exit, NoExitConfig)):
+                raise ValueError(
+                    f"{name} takes the state after a loop as the output, and this model's is made of more "
+                    f"({'a backout' if model.backout else 'exit ' + model.exit.kind}): leave one of them out"
+                )
         if longest > model.seq_len:
             raise ValueError(f"sequences of {longest} tokens do not fit the model's seq_len {model.seq_len}: raise it")
         return self
@@ -62,6 +73,7 @@ CHANGEABLE = tuple(
         "checkpoint_steps",
         "keep",
         "log_every",
+        "probe_every",
         "n_workers",
         "recompute",
     )

@@ -41,12 +41,12 @@ class Runtime:
         """The context a forward runs in."""
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
-    def apply(self, model: LoopedLM) -> None:
-        """Move the model, set the threads, arrange compilation."""
+    def apply(self, model: LoopedLM, *, rows_vary: bool = False) -> None:
+        """Move the model, set the threads, arrange compilation, for any number of rows if they vary."""
         torch.set_num_threads(self.n_threads)
         model.to(self.device)
         if self.compile:
-            model.compile_parts()
+            model.compile_parts(rows_vary=rows_vary)
 
 
 def choose_runtime(config: RuntimeConfig, *, trial: Callable[[Runtime], None], long_run: bool) -> Runtime:
@@ -68,9 +68,15 @@ def choose_runtime(config: RuntimeConfig, *, trial: Callable[[Runtime], None], l
         return Runtime(device, "bf16" if config.precision == "auto" else config.precision, compiles, n_threads)
     precisions: list[Literal["bf16", "fp32"]] = ["bf16", "fp32"] if config.precision == "auto" else [config.precision]
     most, fewest = (all_threads, 1) if config.n_threads == "auto" else (config.n_threads, config.n_threads)
-    best = _fastest(trial, [Runtime(device, precision, compiles, most) for precision in precisions])
+    candidates = [Runtime(device, precision, compiles, most) for precision in precisions]
+    if len(candidates) == 1 and fewest == most:
+        return candidates[0]
+    seconds = {candidate: _seconds(trial, candidate) for candidate in candidates}
+    best = min(candidates, key=lambda candidate: seconds[candidate])
     if fewest < most:  # with the better precision only: a probe costs seconds of the run's time
-        best = _fastest(trial, [best, replace(best, n_threads=fewest)])
+        fewer = replace(best, n_threads=fewest)
+        if FEWER_THREADS_HANDICAP * _seconds(trial, fewer) < seconds[best]:
+            best = fewer
     torch.set_num_threads(all_threads)
     return best
 
@@ -78,18 +84,6 @@ def choose_runtime(config: RuntimeConfig, *, trial: Callable[[Runtime], None], l
 # A probe of seconds decides a run of minutes: whatever else ran during the probe must not cost half of the machine, so
 # one thread is taken only where it is clearly faster (tiny models, cores that are busy all the time).
 FEWER_THREADS_HANDICAP = 1.3
-
-
-def _fastest(trial: Callable[[Runtime], None], candidates: list[Runtime]) -> Runtime:
-    """The candidate whose trial takes least, fewer threads than the first one's handicapped."""
-    if len(candidates) == 1:
-        return candidates[0]
-    seconds = {
-        candidate: _seconds(trial, candidate)
-        * (FEWER_THREADS_HANDICAP if candidate.n_threads < candidates[0].n_threads else 1.0)
-        for candidate in candidates
-    }
-    return min(candidates, key=lambda candidate: seconds[candidate])
 
 
 def _seconds(trial: Callable[[Runtime], None], candidate: Runtime) -> float:

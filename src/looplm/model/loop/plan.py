@@ -4,11 +4,13 @@ Samplers draw one plan per training step from a generator seeded by (seed, step)
 uninterrupted one would have drawn, with nothing to store.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from looplm.config import Config
 from looplm.errors import ConfigError
@@ -17,21 +19,40 @@ from looplm.errors import ConfigError
 @dataclass(frozen=True)
 class LoopPlan:
     """`n_loops` passes through the core, the last `n_grad` of them with gradient (None: all of them). With `recompute`
-    the backward pass computes each loop again in place of keeping its activations."""
+    the backward pass computes each loop again in place of keeping its activations. `per_row` gives every row of the
+    batch a number of its own, the largest of them being `n_loops`: rows that have run theirs leave the batch."""
 
     n_loops: int
     n_grad: int | None = None
     recompute: bool = False
+    per_row: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.n_loops < 1:
             raise ConfigError(f"n_loops is {self.n_loops}; a looped model runs its core at least once: give 1 or more")
         if self.n_grad is not None and self.n_grad < 1:
             raise ConfigError(f"n_grad is {self.n_grad}; give 1 or more, or None for gradient through every loop")
+        if self.per_row is not None and (
+            not self.per_row or min(self.per_row) < 1 or max(self.per_row) != self.n_loops
+        ):
+            raise ConfigError(
+                f"per_row is {self.per_row} and n_loops {self.n_loops}; give every row 1 or more, and their largest as "
+                "n_loops"
+            )
 
-    def carries_gradient(self, loop_idx: int) -> bool:
-        """Whether this loop is inside the backpropagated tail."""
-        return self.n_grad is None or loop_idx >= self.n_loops - self.n_grad
+    @classmethod
+    def of_rows(cls, per_row: Sequence[int], *, n_grad: int | None = None) -> "LoopPlan":
+        """A number of loops for every row of the batch."""
+        return cls(max(per_row, default=0), n_grad=n_grad, per_row=tuple(per_row))
+
+    @property
+    def mean_loops(self) -> float:
+        """Loops run per sequence, averaged over the batch."""
+        return self.n_loops if self.per_row is None else sum(self.per_row) / len(self.per_row)
+
+    def carries_gradient(self, loop_idx: int, *, n_loops: int | None = None) -> bool:
+        """Whether this loop is inside the backpropagated tail, of a row that runs `n_loops` (None: the plan's)."""
+        return self.n_grad is None or loop_idx >= (n_loops or self.n_loops) - self.n_grad
 
 
 class FixedPlanConfig(Config):
@@ -41,8 +62,8 @@ class FixedPlanConfig(Config):
     n_loops: PositiveInt
     """Passes through the core."""
 
-    def sample(self, rng: np.random.Generator, *, n_tokens: int) -> LoopPlan:
-        """One plan for a batch of `n_tokens` tokens a sequence."""
+    def sample(self, rng: np.random.Generator, *, n_tokens: int, n_rows: int) -> LoopPlan:
+        """One plan for a batch of `n_rows` sequences of `n_tokens` tokens."""
         return LoopPlan(self.n_loops)
 
 
@@ -61,8 +82,8 @@ class UniformPlanConfig(Config):
             raise ValueError(f"low {self.low} is above high {self.high}")
         return self
 
-    def sample(self, rng: np.random.Generator, *, n_tokens: int) -> LoopPlan:
-        """One plan for a batch of `n_tokens` tokens a sequence."""
+    def sample(self, rng: np.random.Generator, *, n_tokens: int, n_rows: int) -> LoopPlan:
+        """One plan for a batch of `n_rows` sequences of `n_tokens` tokens."""
         return LoopPlan(int(rng.integers(self.low, self.high + 1)))
 
 
@@ -79,8 +100,8 @@ class ChoicePlanConfig(Config):
             raise ValueError("no number of loops has a weight; name at least one, as {2: 0.7, 3: 0.3}")
         return self
 
-    def sample(self, rng: np.random.Generator, *, n_tokens: int) -> LoopPlan:
-        """One plan for a batch of `n_tokens` tokens a sequence."""
+    def sample(self, rng: np.random.Generator, *, n_tokens: int, n_rows: int) -> LoopPlan:
+        """One plan for a batch of `n_rows` sequences of `n_tokens` tokens."""
         shares = np.array(list(self.weights.values()))
         return LoopPlan(int(rng.choice(list(self.weights), p=shares / shares.sum())))
 
@@ -94,11 +115,53 @@ class LengthPlanConfig(Config):
     n_prefix: NonNegativeInt = 1
     """Tokens before the first task token (BOS), which need no loop of their own."""
 
-    def sample(self, rng: np.random.Generator, *, n_tokens: int) -> LoopPlan:
-        """One plan for a batch of `n_tokens` tokens a sequence."""
+    def sample(self, rng: np.random.Generator, *, n_tokens: int, n_rows: int) -> LoopPlan:
+        """One plan for a batch of `n_rows` sequences of `n_tokens` tokens."""
         return LoopPlan(max(1, n_tokens - self.n_prefix) + int(rng.integers(0, self.max_extra + 1)))
 
 
+class LogNormalPoissonPlanConfig(Config):
+    """A long-tailed number of loops at every step: 1 + Poisson(rate), the rate drawn from a log-normal whose mean is
+    `mean`, so that the mean number of loops is `mean` + 1 (Huginn, 2025). The last `n_grad` carry gradient."""
+
+    kind: Literal["lognormal_poisson"] = "lognormal_poisson"
+    mean: PositiveFloat
+    """Mean of the Poisson rate, in loops."""
+    sigma: NonNegativeFloat = 0.5
+    """Standard deviation of the rate's logarithm."""
+    n_grad: PositiveInt | None = 8
+    """Most loops that gradient flows through, the last ones; null for all."""
+
+    def sample(self, rng: np.random.Generator, *, n_tokens: int, n_rows: int) -> LoopPlan:
+        """One plan for a batch of `n_rows` sequences of `n_tokens` tokens."""
+        rate = rng.lognormal(math.log(self.mean) - self.sigma**2 / 2, self.sigma)
+        return LoopPlan(1 + int(rng.poisson(rate)), n_grad=self.n_grad)
+
+
+class PoissonPlanConfig(Config):
+    """A number of loops for every sequence of the batch: max(1, Poisson(mean)) (Parcae, 2026). Sequences that have run
+    theirs leave the batch, so that a step costs what its loops cost."""
+
+    kind: Literal["poisson"] = "poisson"
+    mean: PositiveFloat
+    """Mean of the Poisson draw, in loops."""
+    n_grad: PositiveInt | Literal["half"] | None = "half"
+    """Most loops of a sequence that gradient flows through, its last ones: half of the mean, rounded up, as Parcae
+    trains; null for all."""
+
+    def sample(self, rng: np.random.Generator, *, n_tokens: int, n_rows: int) -> LoopPlan:
+        """One plan for a batch of `n_rows` sequences of `n_tokens` tokens."""
+        n_grad = math.ceil(self.mean / 2) if self.n_grad == "half" else self.n_grad
+        per_row = np.maximum(1, rng.poisson(self.mean, size=n_rows)).tolist()
+        return LoopPlan.of_rows(per_row, n_grad=n_grad)
+
+
 PlanConfig = Annotated[
-    FixedPlanConfig | UniformPlanConfig | ChoicePlanConfig | LengthPlanConfig, Field(discriminator="kind")
+    FixedPlanConfig
+    | UniformPlanConfig
+    | ChoicePlanConfig
+    | LengthPlanConfig
+    | LogNormalPoissonPlanConfig
+    | PoissonPlanConfig,
+    Field(discriminator="kind"),
 ]

@@ -1,0 +1,243 @@
+"""The dial measured: quality by number of loops up to four times the trained one, what the state does meanwhile, and
+what both say of the model. Held-out data only.
+
+A looped model *settles* when later loops change the state less and less: then more of them are safe, and a token whose
+state has settled can stop. One that *drifts* falls apart beyond the depth it was trained at.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from looplm.checkpoint import LoadedRun
+from looplm.data.pack import IGNORE, Batch
+from looplm.data.sources import ReasoningConfig, ReasoningSource
+from looplm.data.tasks import permutations
+from looplm.errors import CheckpointError
+from looplm.eval.interval import Score
+from looplm.eval.reasoning import FORMAT_TASK, as_reasoner, evaluate, held_out_questions
+from looplm.eval.staircase import evaluate_staircase
+from looplm.model.loop.plan import LoopPlan
+from looplm.model.looped import LoopedLM
+
+BEYOND = 4  # times the trained depth
+N_BATCHES = 4  # for loss and states: rows of worked solutions, or sequences
+LOSS_SEED = 20261124
+# Of the loops beyond the trained depth. The state's size may grow by this before it counts as drifting ...
+MAX_GROWTH = 1.5
+# ... and its relative change must shrink by this factor per loop, or have become this small, to count as settling.
+SETTLING_RATE, SETTLED_CHANGE = 0.95, 1e-3
+
+Kind = Literal["settling", "marginal", "drifting"]
+
+
+@dataclass(frozen=True)
+class DialRow:
+    """Quality at one number of loops."""
+
+    loops: int
+    score: Score
+    loss: float  # nats per scored token
+
+    def as_dict(self) -> dict[str, float | int]:
+        return {"loops": self.loops, **self.score.as_dict(), "loss": self.loss}
+
+
+@dataclass(frozen=True)
+class StateAt:
+    """The state after one loop, over the scored tokens."""
+
+    loop: int  # 1 is the first
+    norm: float  # root mean square
+    change: float | None  # size of the change by this loop over the size of the state; None for the first
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the state does beyond the trained depth."""
+
+    kind: Kind
+    rate: float  # factor per loop of the relative change
+    last_change: float
+    growth: float  # factor of the state's size
+
+
+@dataclass(frozen=True)
+class Dial:
+    """All that was measured."""
+
+    trained: int
+    what: str
+    rows: list[DialRow]
+    states: list[StateAt] = field(default_factory=list)
+    diagnosis: Diagnosis | None = None
+
+    @property
+    def verdict(self) -> str:
+        """One line, with no difference claimed that the questions do not show."""
+        at = next(row for row in self.rows if row.loops == self.trained)
+        said = [f"{_loops(self.trained)}, as trained: {_percent(at.score)}"]
+        half = [row for row in self.rows if row.loops == max(1, self.trained // 2) < self.trained]
+        said += [f"half of them: {_percent(row.score)} ({_difference(row.score, at.score)})" for row in half]
+        deeper = [row for row in self.rows if row.loops > self.trained]
+        if deeper:
+            lowest = min(deeper, key=lambda row: row.score.accuracy)
+            highest = max(deeper, key=lambda row: row.score.accuracy)
+            helps = highest.score.interval[0] > at.score.interval[1]
+            shown = highest if helps else lowest
+            said.append(
+                f"up to {deeper[-1].loops}: {'highest' if helps else 'lowest'} at {shown.loops}, "
+                f"{_percent(shown.score)} ({_difference(shown.score, at.score)})"
+            )
+        if self.diagnosis is not None:
+            said.append(f"the state is {self.diagnosis.kind}")
+        return "; ".join(said)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "trained_loops": self.trained,
+            "what": self.what,
+            "rows": [row.as_dict() for row in self.rows],
+            "states": [asdict(state) for state in self.states],
+            "diagnosis": asdict(self.diagnosis) if self.diagnosis else None,
+            "verdict": self.verdict,
+        }
+
+
+def dial_counts(trained: int) -> list[int]:
+    """Numbers of loops from 1 to four times the trained one, the trained one and half of it among them."""
+    if BEYOND * trained <= 8:
+        return list(range(1, BEYOND * trained + 1))
+    shares = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, BEYOND)
+    return sorted({1, trained // 2, *(max(1, round(share * trained)) for share in shares)})
+
+
+def trained_depth(loaded: LoadedRun) -> int:
+    """The number of loops a run counts as trained at: the model's own, or where loops are tied to the length of a
+    sequence, the longest length."""
+    return _longest(loaded) if _kind(loaded) == "permutations" else loaded.model.config.n_loops
+
+
+def measure_dial(
+    loaded: LoadedRun,
+    *,
+    counts: Sequence[int] | None = None,
+    n: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> Dial:
+    """Quality with `n` questions a task or `n` sequences at every number of loops, `trained_depth` always among them;
+    `on_progress` hears after each."""
+    trained, model = trained_depth(loaded), loaded.model
+    counts = sorted({*(counts or dial_counts(trained)), trained})
+    batches, what = held_out_batches(loaded), f"{n} sequences of {trained} permutations, all positions right"
+    if _kind(loaded) == "reasoning":
+        reasoner, questions = as_reasoner(loaded, run=loaded.path), held_out_questions(n)
+        what = f"{n} held-out questions of each task, greedy, exact match"
+    rows = []
+    for count in counts:
+        if _kind(loaded) == "reasoning":
+            tasks = evaluate(reasoner, questions, n_loops=count).scores
+            scores = [score for task, score in tasks.items() if task != FORMAT_TASK]
+            score = Score(sum(each.n_right for each in scores), sum(each.n for each in scores))
+        else:
+            score = evaluate_staircase(model, lengths=[trained], rules=[str(count)], n_sequences=n)[0].exact
+        rows.append(DialRow(count, score, held_out_loss(model, batches, n_loops=count)))
+        if on_progress is not None:
+            on_progress(1)
+    states = follow_states(model, batches, n_loops=max(BEYOND * trained, 4))
+    return Dial(trained, what, rows, states, diagnose(states, trained=trained))
+
+
+def held_out_batches(loaded: LoadedRun, *, n_batches: int = N_BATCHES) -> list[Batch]:
+    """Batches that training never sees, of the kind the run was trained on."""
+    if _kind(loaded) == "reasoning":
+        source = ReasoningSource(ReasoningConfig(n_rows=8), seed=LOSS_SEED, held_out=True)
+        return [source.batch(number) for number in range(n_batches)]
+    rng = np.random.default_rng(LOSS_SEED)
+    drawn = [permutations.sequences(rng, n_sequences=50, length=_longest(loaded)) for _ in range(n_batches)]
+    return [Batch(torch.from_numpy(ids), torch.from_numpy(answers)) for ids, answers in drawn]
+
+
+@torch.inference_mode()
+def held_out_loss(model: LoopedLM, batches: Sequence[Batch], *, n_loops: int) -> float:
+    """Mean cross-entropy over the scored tokens of all batches, nats."""
+    total, n_scored = 0.0, 0
+    for batch in batches:
+        hidden = model.hidden(batch.ids, plan=LoopPlan(n_loops), documents=batch.documents)
+        scored = batch.targets != IGNORE
+        n = int(scored.sum())
+        total += n * float(model.cross_entropy(hidden[scored], batch.targets[scored]))
+        n_scored += n
+    return total / n_scored
+
+
+@torch.inference_mode()
+def follow_states(model: LoopedLM, batches: Sequence[Batch], *, n_loops: int) -> list[StateAt]:
+    """Size and relative change of the state loop by loop; fewer than n_loops where halting ends the loop."""
+    norms: list[list[float]] = []
+    changes: list[list[float]] = []
+    for batch in batches:
+        states: list[torch.Tensor] = []
+        model.hidden(batch.ids, plan=LoopPlan(n_loops), documents=batch.documents, states=states)
+        scored = batch.targets != IGNORE
+        kept = [state[scored].float() for state in states]
+        norms.append([float(state.square().mean().sqrt()) for state in kept])
+        changes.append([float(((new - old).norm(dim=-1) / new.norm(dim=-1)).mean()) for old, new in pairwise(kept)])
+    n_loops = min(map(len, norms))
+    mean_norms = np.mean([norm[:n_loops] for norm in norms], axis=0)
+    mean_changes = [None, *np.mean([change[: n_loops - 1] for change in changes], axis=0)]
+    return [
+        StateAt(loop, float(norm), None if change is None else float(change))
+        for loop, (norm, change) in enumerate(zip(mean_norms, mean_changes, strict=True), start=1)
+    ]
+
+
+def diagnose(states: Sequence[StateAt], *, trained: int) -> Diagnosis | None:
+    """Settling, marginal or drifting, by the loops beyond the trained depth; None where fewer than two of them ran."""
+    beyond = [state for state in states if state.loop > trained and state.change is not None]
+    if len(beyond) < 2:
+        return None
+    first, last = beyond[0].change or 0.0, beyond[-1].change or 0.0
+    rate = (last / first) ** (1 / (len(beyond) - 1)) if first > 0 else 0.0
+    growth = beyond[-1].norm / states[trained - 1].norm
+    kind: Kind = "marginal"
+    if growth > MAX_GROWTH or (rate >= 1 and last > SETTLED_CHANGE):
+        kind = "drifting"
+    elif rate < SETTLING_RATE or last <= SETTLED_CHANGE:
+        kind = "settling"
+    return Diagnosis(kind, rate, last, growth)
+
+
+def _kind(loaded: LoadedRun) -> str:
+    kind = loaded.config.get("data", {}).get("kind")
+    if kind not in ("reasoning", "permutations"):
+        raise CheckpointError(
+            f"{loaded.path} was trained on {kind!r}; the loops suite measures runs of `looplm train reason` and "
+            "`looplm train s3`"
+        )
+    return str(kind)
+
+
+def _longest(loaded: LoadedRun) -> int:
+    return int(loaded.config["data"]["max_len"])
+
+
+def _loops(count: int) -> str:
+    return f"{count} loop{'s' if count > 1 else ''}"
+
+
+def _percent(score: Score) -> str:
+    low, high = score.interval
+    return f"{100 * score.accuracy:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _difference(score: Score, other: Score) -> str:
+    (low, high), (other_low, other_high) = score.interval, other.interval
+    if low <= other_high and other_low <= high:
+        return f"no difference that {score.n:,} answers show"
+    points = 100 * (score.accuracy - other.accuracy)
+    return f"{abs(points):.1f} points {'higher' if points > 0 else 'lower'}"

@@ -1,5 +1,6 @@
 """The `looplm` command. Only typer is imported here: everything else waits until a verb needs it, so help is fast."""
 
+import os
 import sys
 
 import typer
@@ -27,6 +28,8 @@ app.command("demo")(evaluate.demo)
 
 def main() -> None:
     """Run the command line; a mistake of the user's ends in one line, not a traceback."""
+    # torch asks for huge pages when it allocates large tensors: fresh memory is dear where pages are small
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         app()
     except LooplmError as error:

@@ -33,7 +33,7 @@ def reasoning_table(title: str, columns: Mapping[str, Mapping[str, Score | str]]
 def dial_table(dial: Dial) -> None:
     """Loops down; quality, loss, and what the state did at that loop."""
     table = Table(title=escape(f"quality by number of loops ({dial.what})"), title_justify="left")
-    for name in ("loops", "right, % [95 %]", "loss, nats", "change by the loop", "size of the state"):
+    for name in ("loops", "right, % [95 %]", "loss, nats", "change", "state rms"):
         table.add_column(name, justify="right")
     states = {state.loop: state for state in dial.states}
     for row in dial.rows:

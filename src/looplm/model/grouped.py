@@ -42,7 +42,8 @@ def grouped_outer_on_cpu(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     """x_e^T y_e of the rows of every group, (E, d_in, d_out) for x (N, d_in) and y (N, d_out)."""
     singles, batch = _split(ends)
     out = x.new_empty(len(ends), x.shape[1], y.shape[1])
-    out.index_fill_(0, (ends.diff(prepend=ends.new_zeros(1)) == 0).nonzero().squeeze(1), 0)
+    for group in (ends.diff(prepend=ends.new_zeros(1)) == 0).nonzero().flatten().tolist():
+        out[group].zero_()
     with torch.autocast("cpu", enabled=False):
         for group, rows in singles:
             torch.mm(x[rows].mT, y[rows], out=out[group])

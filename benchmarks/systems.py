@@ -2,13 +2,14 @@
 
     python benchmarks/systems.py --mythos PATH --nanochat PATH --osrt PATH [--threads 2] [--json out.json]
 
-PATH is a checkout of kyegomez/OpenMythos, karpathy/nanochat or CodeHalwell/nano-osrt-100m (at cd8a10f; its v4 needs
-`pip install transformers`, as does OpenMythos). A system whose path is not given is left out. Before anything is timed, the two models'
-logits are compared. Training: theirs is timed in every mode that it runs in, and the fastest counts; ours in the mode
-that `looplm train` chooses for minutes of training on a CPU (bf16 autocast, compiled blocks); a step is forward,
-cross-entropy over all positions, backward and one AdamW update with torch's fused kernel, for both. Decoding: theirs as
-its own generate runs it, which none of them compiles; ours as `looplm generate --compile` runs. Compiling is not timed,
-neither theirs nor ours. Theirs and ours take turns, and a ratio is the median over the rounds.
+PATH is a checkout of kyegomez/OpenMythos, karpathy/nanochat or CodeHalwell/nano-osrt-100m (at cd8a10f); OpenMythos
+and Nano-OSRT v4 need `pip install transformers`. A system whose path is not given is left out. Before anything is
+timed, the two models' logits are compared. Training: theirs is timed in every mode that it runs in, and the fastest
+counts; ours in the mode that `looplm train` chooses for minutes of training on a CPU (bf16 autocast, compiled
+blocks); a step is forward, cross-entropy over all positions, backward and one AdamW update with torch's fused kernel,
+for both. Decoding: theirs as its own generate runs it, which none of them compiles; ours as `looplm generate
+--compile` runs. Compiling is not timed, neither theirs nor ours. Theirs and ours take turns, and a ratio is the
+median over the rounds.
 """
 
 import argparse

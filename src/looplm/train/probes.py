@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from looplm.data.pack import Batch
-from looplm.eval.loops import diagnose, follow_states, held_out_loss
+from looplm.eval.loops import BEYOND, diagnose, follow_states, held_out_loss
 from looplm.model.block import ResidualAdapter
 from looplm.model.layer_inputs import Asides
 from looplm.model.loop.inject import DiagonalInject, LTIInject
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import LoopedLM
 
-BEYOND = 4  # times the trained loops, as `looplm eval --suite loops` looks
 IDLE = 0.01  # nats that the loops after the first must gain, and relative change that one must make, or they do nothing
 
 

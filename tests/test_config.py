@@ -54,7 +54,7 @@ def test_an_unknown_task_is_refused_with_the_nearest_one() -> None:
         ("train.seed=-1", "greater than or equal to 0"),
         ("train.minutes=null", "no budget"),
         ("model.n_loops=0", "greater than 0"),
-        ("model.block.attention.n_kv_heads=2", "not a multiple"),
+        ("model.block.attention.n_kv_heads=4", "not a multiple"),
         ("train.schedule={warmup: 0.7, decay: 0.7}", "exceed the budget"),
         ("train.optimizer.adamw_lr=nan", "finite"),
         ("model.d_model=[", "not valid YAML"),

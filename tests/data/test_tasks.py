@@ -3,10 +3,11 @@
 import random
 import re
 from collections import Counter
+from string import ascii_lowercase
 
 import pytest
 
-from looplm.data.tasks import REASONING, pattern, permutations, word_problem
+from looplm.data.tasks import REASONING, pattern, permutations, sorting, word_problem
 from looplm.data.tasks.example import (
     Example,
     Task,
@@ -119,6 +120,23 @@ def test_ranges_are_the_formats() -> None:
     pairs = [re.findall(r"\d+", e.question) for e in examples(REASONING["comparison"])]
     near = sum(len(a) == len(b) and (len(a) == 1 or a[0] == b[0]) for a, b in pairs) / len(pairs)
     assert 0.45 < near < 0.7
+
+
+def test_sorting_merges_neighbouring_runs_until_one_is_left() -> None:
+    rng = random.Random(3)
+    for example in [*examples(sorting), *(sorting.sample_harder(rng) for _ in range(50))]:
+        numbers = [f"{int(number):03d}" for number in example.question.split(": ")[1].split()]
+        reverse = "descending" in example.question
+        lines = [[re.findall(r"(\d{3})([a-z])", run) for run in step.split("|")] for step in example.steps]
+        assert example.steps[0] == "list " + "".join(a + b for a, b in zip(numbers, ascii_lowercase, strict=False))
+        assert [len(line) for line in lines[1:]] == [-(-len(numbers) // 2**n) for n in range(1, len(lines))]
+        runs = [[item] for item in lines[0][0]]
+        for line in lines[1:]:
+            for number, run in enumerate(line):
+                both = [item for part in runs[2 * number : 2 * number + 2] for item in part]
+                assert run == sorted(both, key=lambda item: int(item[0]), reverse=reverse)
+            runs = line
+        assert [str(int(digits)) for digits, _ in runs[0]] == example.answer.split()
 
 
 def test_pattern_takes_every_kind_and_negative_steps() -> None:

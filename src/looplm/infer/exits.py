@@ -1,0 +1,83 @@
+"""Exit rules: when a token's loops stop at inference, without training.
+
+A rule looks at one token at a time, never at its batch mates. Shapes: N tokens, D width, V logits.
+Source: spec loops, 2.5 (the criteria of Huginn's code) and A.4: on serial tasks only the latent rule is safe.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from looplm.config import did_you_mean
+from looplm.errors import ConfigError
+
+RuleKind = Literal["latent", "kl", "entropy", "stable"]
+KINDS: tuple[RuleKind, ...] = get_args(RuleKind)
+DEFAULTS: dict[RuleKind, float] = {"latent": 1e-3, "kl": 5e-4, "entropy": 0.05, "stable": 6}
+
+
+@dataclass(frozen=True)
+class ExitRule:
+    """What is measured of a token after each loop, and the threshold at which it stops. Threshold 0 stops none.
+
+    latent: |h - h before| / |h|, the relative change of the state, below the threshold; asks for no logits.
+    kl: KL(p || p before) of the output distribution, in nats, below it.
+    entropy: of the output distribution, in nats, below it.
+    stable: the likeliest output has stayed the same for `threshold` loops.
+    """
+
+    kind: RuleKind = "latent"
+    threshold: float = DEFAULTS["latent"]
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"no exit rule {self.kind!r}{did_you_mean(self.kind, KINDS)} Rules: {', '.join(KINDS)}.")
+        if not 0 <= self.threshold < math.inf:
+            raise ConfigError(f"the threshold of exit rule {self} has to be 0 (stop no token) or more")
+        if self.kind == "stable" and self.threshold % 1:
+            raise ConfigError(f"exit rule {self} counts loops: give a whole number")
+
+    @classmethod
+    def parse(cls, text: str) -> "ExitRule":
+        """`latent:0.001`, or a kind alone for its usual threshold."""
+        name, colon, number = (part.strip() for part in text.partition(":"))
+        kind = next((kind for kind in KINDS if kind == name), None)
+        if kind is None:
+            raise ConfigError(f"no exit rule {name!r}{did_you_mean(name, KINDS)} Rules: {', '.join(KINDS)}.")
+        if not colon:
+            return cls(kind, DEFAULTS[kind])
+        if not re.fullmatch(r"\d*\.?\d+(e[+-]?\d+)?", number):
+            raise ConfigError(f"threshold {number!r} of exit rule {text!r} is not a number; write it as latent:0.001")
+        return cls(kind, float(number))
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.threshold:g}"
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether it asks for the logits after every loop."""
+        return self.kind != "latent"
+
+    def n_kept(self, n_logits: int) -> int:
+        """Numbers remembered of a token from loop to loop: its distribution, or the likeliest output and its age."""
+        return {"latent": 0, "entropy": 0, "kl": n_logits, "stable": 2}[self.kind]
+
+    def fires(self, before: Tensor, after: Tensor, logits: Tensor | None, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each token stops (N,), and what is remembered of it (N, n_kept). `before` and `after` (N, D) are its
+        state before and after a loop, `logits` (N, V) those after it; `kept` is NaN at first."""
+        if self.kind == "latent":
+            change = (after - before).float().norm(dim=-1) / after.float().norm(dim=-1).clamp(min=1e-12)
+            return change < self.threshold, kept
+        assert logits is not None
+        log_p = logits.float().log_softmax(-1)
+        if self.kind == "entropy":
+            return -(log_p.exp() * log_p).sum(-1) < self.threshold, kept
+        if self.kind == "kl":  # NaN compares as false: nothing fires after the first loop
+            return (log_p.exp() * (log_p - kept)).sum(-1) < self.threshold, log_p
+        best = log_p.argmax(-1).to(kept.dtype)
+        age = torch.where(best == kept[:, 0], kept[:, 1] + 1, 0)
+        return (age >= self.threshold) & (self.threshold > 0), torch.stack((best, age), dim=-1)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def test_help_imports_no_torch() -> None:
     code = "import sys, looplm.cli.main; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     out = succeeds("--help")
-    for verb in ("train", "eval", "chat", "generate", "count", "config", "demo"):
+    for verb in ("train", "eval", "calibrate", "chat", "generate", "count", "config", "demo"):
         assert verb in out
         assert succeeds(verb, "--help")
 
@@ -143,6 +144,21 @@ def test_eval_of_s3_writes_rows(tmp_path: Path, s3_run: Path) -> None:
     assert all(0 <= row["exact"] <= 1 for row in rows)
 
 
+def test_a_calibrated_rule_is_stored_and_used(tmp_path: Path, s3_run: Path) -> None:
+    run, path = tmp_path / "run", tmp_path / "s.json"
+    shutil.copytree(s3_run, run)
+    out = succeeds("calibrate", str(run), "--lengths", "2", "--max-loss", "0.02", "--n", "150", "--json", str(path))
+    trials = json.loads(path.read_text())["trials"]
+    rule = json.loads((run / "exit.json").read_text())["rule"]
+    assert f"{rule}: " in out
+    assert rule in [trial["rule"] for trial in trials]
+    words = ("--lengths", "2", "--loops", "2n", "--n", "5", "--json", str(path))
+    succeeds("eval", str(run), *words, "--exit", "calibrated")
+    scores = json.loads(path.read_text())
+    assert scores["exit"] == rule
+    assert 2 <= scores["rows"][0]["mean_loops"] <= 4
+
+
 def test_train_trains_says_where_and_resumes(tmp_path: Path, tiny_reason: list[str]) -> None:
     folder = tmp_path / "r"
     out = succeeds("train", "reason", "--steps", "3", "--seed", "5", "--out", str(folder), *tiny_reason)
@@ -180,6 +196,14 @@ def test_train_trains_says_where_and_resumes(tmp_path: Path, tiny_reason: list[s
         (["eval", "builtin:reasoner", "--json", "{tmp}"], "cannot be written"),
         (["generate", "builtin:reasoner", "--prompt", SUM, "--top-k", "3"], "raise temperature"),
         (["train", "reason", "--model", "looplm-s3-54k", "--out", "{tmp}/x"], "raise vocab_size"),
+        (["eval", "{s3}", "--exit", "laten:0.1"], "did you mean 'latent'"),
+        (["eval", "{s3}", "--exit", "calibrated"], "has no calibrated exit rule"),
+        (["eval", "builtin:reasoner", "--exit", "latent:0.1"], "--exit is for the s3 suite"),
+        (["eval", "{s3}", "--suite", "loops", "--exit", "latent:0.1"], "--exit is for the other suites"),
+        (["calibrate", "{s3}", "--max-loss", "5"], "--max-loss 5 is a share"),
+        (["calibrate", "{s3}", "--rule", "latent:0.1"], "give the kind alone"),
+        (["calibrate", "{s3}", "--lengths", "3", "--n", "10"], "give --n 598 or more"),
+        (["calibrate", "builtin:reasoner"], "not trained on permutations"),
         (["eval", "{s3}", "--lengths", "12,x"], "not a list of whole numbers"),
         (["chat", "{s3}"], "has no text"),
         (["chat", "--loops", "0"], "n_loops is 0"),

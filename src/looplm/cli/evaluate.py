@@ -35,6 +35,15 @@ def evaluate(
         bool | None,
         typer.Option("--harder/--no-harder", help="Also score questions beyond the trained ranges.", show_default="on"),
     ] = None,
+    exit_rule: Annotated[
+        str | None,
+        typer.Option(
+            "--exit",
+            help="For s3: stop each token by a rule, as latent:0.001 (or kl, entropy, stable), or by the `calibrated` "
+            "one of the run.",
+            show_default=False,
+        ),
+    ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the scores here.", show_default=False)] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the loops suite here, a PNG.", show_default=False)] = None,
 ) -> None:
@@ -54,18 +63,24 @@ def evaluate(
     loaded = load_run(run)
     trained_on = loaded.config.get("data", {}).get("kind")
     if suite == "loops":
-        for option, value in (("--questions", questions), ("--harder", harder), ("--lengths", lengths)):
+        beside = (("--questions", questions), ("--harder", harder), ("--lengths", lengths), ("--exit", exit_rule))
+        for option, value in beside:
             if value is not None:
                 raise ConfigError(f"{option} is for the other suites; loops takes --n, --loops and --plot")
         scores = {"suite": "loops", **_dial(loaded, loops=loops, n=n, plot=plot)}
     elif suite == "s3" or (suite is None and questions is None and trained_on == "permutations"):
         for option, value in (("--questions", questions), ("--harder", harder)):
             if value is not None:
-                raise ConfigError(f"{option} is for the reasoning suite; s3 takes --lengths, --loops and --n")
-        scores = {"suite": "s3", **_staircase(loaded.model, lengths=lengths, loops=loops, n=n)}
+                raise ConfigError(f"{option} is for the reasoning suite; s3 takes --lengths, --loops, --exit and --n")
+        scores = {
+            "suite": "s3",
+            **_staircase(loaded.model, run=run, lengths=lengths, loops=loops, n=n, exit_=exit_rule),
+        }
     else:
         if lengths is not None:
             raise ConfigError("--lengths is for the s3 suite; the reasoning suite takes --n and --loops")
+        if exit_rule is not None:
+            raise ConfigError("--exit is for the s3 suite: generated text runs the same loops at every token so far")
         if questions is not None and (n is not None or harder is not None):
             raise ConfigError("--n and --harder choose generated questions; with --questions all of the file is scored")
         scores = {
@@ -87,7 +102,67 @@ def demo(
     run_demo(minutes=minutes, out=out, seed=seed)
 
 
-def _staircase(model: Any, *, lengths: str | None, loops: str | None, n: int | None) -> dict[str, Any]:
+def calibrate(
+    run: Annotated[str, typer.Argument(help="A run folder of `looplm train s3`.")],
+    max_loss: Annotated[float, typer.Option(help="Most accuracy to lose, as a share: 0.005 is half a point.")] = 0.005,
+    confidence: Annotated[float, typer.Option(help="Probability with which that holds.")] = 0.95,
+    rule: Annotated[str, typer.Option(help="What is measured: latent, kl, entropy or stable.")] = "latent",
+    lengths: Annotated[str, typer.Option(help="Sequence lengths, an equal share of each.")] = "12,24,48",
+    loops: Annotated[str, typer.Option(help="Full depth, by length.")] = "2n",
+    n: Annotated[int, typer.Option("--n", help="Fresh sequences to calibrate on.")] = 1000,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write all trials here.", show_default=False)] = None,
+) -> None:
+    """Find the exit rule that saves most loops and keeps the accuracy, and store it in the run (exit.json)."""
+    from looplm.checkpoint import load_run, run_folder
+    from looplm.cli.arguments import numbers
+    from looplm.cli.progress import CountProgress
+    from looplm.cli.show import trials_table
+    from looplm.errors import ConfigError
+    from looplm.eval.exits import CALIBRATION_SEED, FILE, GRIDS, Trials, as_calibration, as_record
+    from looplm.eval.exits import calibrate as find
+    from looplm.eval.staircase import loops_for
+    from looplm.infer.exits import ExitRule
+
+    for option, share in (("--max-loss", max_loss), ("--confidence", confidence)):
+        if not 0 < share < 1:
+            raise ConfigError(f"{option} {share:g} is a share: give a number between 0 and 1")
+    if n < 1:
+        raise ConfigError(f"--n {n} is too small; give 1 or more")
+    kind = ExitRule.parse(rule.strip()).kind if ":" not in rule else None
+    if kind is None:
+        raise ConfigError(f"--rule {rule!r} names a threshold, which is what is looked for; give the kind alone")
+    chosen = numbers(lengths, option="--lengths")
+    loops_for(loops, max(chosen))
+    folder = run_folder(run)
+    for option, path in (("--json", json_out), ("RUN", folder / FILE)):
+        if path is not None:
+            _check_writable(path, option=option)
+    model = load_run(run).model
+    with CountProgress("measuring", n * (1 + len(GRIDS[kind]))) as progress:
+        trials = Trials(model, lengths=chosen, loops=loops, n_sequences=n, seed=CALIBRATION_SEED, on_progress=progress)
+        tried, best = find(trials, kind=kind, max_loss=max_loss, confidence=confidence)
+    trials_table(tried, best, confidence=confidence)
+    found = as_calibration(best, max_loss=max_loss, confidence=confidence, lengths=chosen, loops=loops)
+    found.save(folder)
+    typer.echo(
+        f"{found.rule}: {100 * best.saved:.0f} % fewer loops; at most {100 * found.bound:.2f} points lost with "
+        f"confidence {confidence:g}. Stored in {folder / FILE}; use it with --exit calibrated"
+    )
+    if json_out is not None:
+        _write_json(json_out, {"run": run, "trials": [as_record(trial, confidence=confidence) for trial in tried]})
+
+
+def _exit_rule(text: str, *, run: str) -> Any:
+    from looplm.checkpoint import run_folder
+    from looplm.eval.exits import load_rule
+    from looplm.infer.exits import ExitRule
+
+    return load_rule(run_folder(run)) if text.strip() == "calibrated" else ExitRule.parse(text)
+
+
+def _staircase(
+    model: Any, *, run: str, lengths: str | None, loops: str | None, n: int | None, exit_: str | None
+) -> dict[str, Any]:
     from looplm.cli.arguments import numbers
     from looplm.cli.progress import CountProgress
     from looplm.cli.show import staircase_table
@@ -97,12 +172,20 @@ def _staircase(model: Any, *, lengths: str | None, loops: str | None, n: int | N
     chosen = numbers(lengths, option="--lengths") if lengths is not None else list(LENGTHS)
     for rule in rules:
         loops_for(rule, max(chosen))
+    exit_rule = None if exit_ is None else _exit_rule(exit_, run=run)
     with CountProgress("measuring", len(chosen) * len(rules)) as progress:
         rows = evaluate_staircase(
-            model, lengths=chosen, rules=rules, n_sequences=n or N_SEQUENCES, on_progress=progress
+            model,
+            lengths=chosen,
+            rules=rules,
+            n_sequences=n or N_SEQUENCES,
+            exit_rule=exit_rule,
+            on_progress=progress,
         )
-    staircase_table("exact sequences", {"this run": rows})
-    return {"rows": [row.as_dict() for row in rows]}
+    title = "exact sequences" if exit_rule is None else f"exact sequences (mean loops), tokens stop by {exit_rule}"
+    staircase_table(title, {"this run": rows})
+    beside = {} if exit_rule is None else {"exit": str(exit_rule)}
+    return {**beside, "rows": [row.as_dict() for row in rows]}
 
 
 def _dial(loaded: Any, *, loops: str | None, n: int | None, plot: Path | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
+app.command("calibrate")(evaluate.calibrate)
 app.command("chat")(talk.chat)
 app.command("generate")(talk.generate)
 app.command("count")(inspect.count)

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from looplm.eval.exits import Trial
 from looplm.eval.interval import Score
 from looplm.eval.loops import Dial
 from looplm.eval.staircase import Row
@@ -47,6 +48,31 @@ def dial_table(dial: Dial) -> None:
     console.print(f"[dim]* trained depth[/dim]\n{escape(dial.verdict)}")
 
 
+def trials_table(trials: Sequence[Trial], chosen: Trial, *, confidence: float) -> None:
+    """Exit rules down, strictest first, the chosen one marked; below them the bound that it kept."""
+    first = trials[0]
+    title = f"full depth: {first.full_loops:.1f} loops a token, {percent(first.full)} % of sequences right"
+    table = Table(title=escape(title), title_justify="left")
+    for name in ("rule", "mean loops", "fewer, %", "right, % [95 %]", "broken", "bound, %"):
+        table.add_column(name, justify="right")
+    for trial in trials:
+        mark = " *" if trial is chosen else ""
+        table.add_row(
+            f"{trial.rule}{mark}",
+            f"{trial.mean_loops:.1f}",
+            f"{100 * trial.saved:.1f}",
+            percent(trial.exact),
+            str(trial.n_broken),
+            f"{100 * trial.bound(confidence):.2f}",
+        )
+    Console().print(table)
+
+
+def _exact(row: Row) -> str:
+    loops = "" if row.mean_loops is None else f" ({row.mean_loops:.1f})"
+    return f"{100 * row.exact.accuracy:.1f}{loops}"
+
+
 def staircase_table(title: str, models: Mapping[str, Sequence[Row]]) -> None:
     """Loops down, lengths across, a block per model; percent of sequences with every position right."""
     lengths = list(dict.fromkeys(row.length for rows in models.values() for row in rows))
@@ -57,7 +83,7 @@ def staircase_table(title: str, models: Mapping[str, Sequence[Row]]) -> None:
         table.add_column(f"n={length}", justify="right")
     for name, rows in models.items():
         for rule in dict.fromkeys(row.rule for row in rows):
-            cells = {row.length: f"{100 * row.exact.accuracy:.1f}" for row in rows if row.rule == rule}
+            cells = {row.length: _exact(row) for row in rows if row.rule == rule}
             table.add_row(name, rule, *(cells.get(length, "-") for length in lengths))
         table.add_section()
     Console().print(table)

@@ -11,6 +11,8 @@ import torch
 from looplm.data.tasks import permutations
 from looplm.errors import ConfigError, DataError
 from looplm.eval.interval import Score
+from looplm.infer.depth import score_sequences
+from looplm.infer.exits import ExitRule
 from looplm.model.looped import LoopedLM
 
 EVAL_SEED = 20261121
@@ -28,10 +30,13 @@ class Row:
     rule: str
     loops: int
     exact: Score
+    mean_loops: float | None = None
+    """Loops per token, where an exit rule let them stop."""
 
     def as_dict(self) -> dict[str, float | int | str]:
         low, high = self.exact.interval
         return {
+            **({} if self.mean_loops is None else {"mean_loops": self.mean_loops}),
             "length": self.length,
             "loops": self.loops,
             "rule": self.rule,
@@ -59,6 +64,12 @@ def loops_for(rule: str, length: int) -> int:
     return loops
 
 
+def check_model(model: LoopedLM) -> None:
+    """Refuse a model that does not read permutations."""
+    if model.config.vocab_size != permutations.VOCAB_SIZE or model.config.d_head_out != permutations.N_ANSWERS:
+        raise DataError("this model was not trained on permutations; give a run of `looplm train s3`")
+
+
 @torch.inference_mode()
 def evaluate_staircase(
     model: LoopedLM,
@@ -67,12 +78,12 @@ def evaluate_staircase(
     rules: Sequence[str] = LOOPS,
     n_sequences: int = N_SEQUENCES,
     seed: int = EVAL_SEED,
+    exit_rule: ExitRule | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Row]:
     """Every length with every rule, on the same fresh sequences of that length. A sequence counts when all its
-    positions are right."""
-    if model.config.vocab_size != permutations.VOCAB_SIZE or model.config.d_head_out != permutations.N_ANSWERS:
-        raise DataError("this model was not trained on permutations; give a run of `looplm train s3`")
+    positions are right. With `exit_rule` the tokens stop when it fires, at the latest after the rule's loops."""
+    check_model(model)
     rows = []
     for length in lengths:
         if length < 1:
@@ -82,9 +93,15 @@ def evaluate_staircase(
         )
         for rule in rules:
             loops = loops_for(rule, length)
-            chosen = model(torch.from_numpy(ids), n_loops=loops).logits[:, 1:].argmax(-1).numpy()
-            n_right = int((chosen == answers[:, 1:]).all(axis=1).sum())
-            rows.append(Row(length, rule, loops, Score(n_right, n_sequences)))
+            mean_loops = None
+            if exit_rule is None:
+                logits = model(torch.from_numpy(ids), n_loops=loops).logits
+            else:
+                scored = score_sequences(model, list(torch.from_numpy(ids)), n_loops=loops, rule=exit_rule)
+                logits = torch.stack([each.logits for each in scored])
+                mean_loops = torch.cat([each.depths for each in scored]).double().mean().item()
+            n_right = int((logits[:, 1:].argmax(-1).numpy() == answers[:, 1:]).all(axis=1).sum())
+            rows.append(Row(length, rule, loops, Score(n_right, n_sequences), mean_loops))
             if on_progress is not None:
                 on_progress(1)
     return rows

@@ -1,6 +1,9 @@
 """Continuous depth batching of whole sequences: every token runs loops until its exit rule fires, tokens that are done
 leave the computation, sequences that are done leave the batch, and waiting ones take their places.
 
+A token stops only once all tokens before it have: until then what it sees can still change. A token that waits for
+news from far back looks as settled as one that has its answer (docs/log.md, 2026-11-25).
+
 All loops of a layer share one cache slot. A token that runs writes its keys and values there; one that has stopped is
 seen by the others as its last loop left it. With a rule that never fires every loop rewrites every key, which is full
 depth; else the error is what the keys of a stopped token would have changed in the loops left out: nothing for a state
@@ -70,7 +73,8 @@ def score_sequences(
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Scored]:
     """Logits of all tokens of `sequences` of ids (T,), of any lengths, `batch_size` of them at a time. A token stops
-    when `rule` fires or its sequence's `n_loops` are run. `on_progress` hears how many more sequences are done.
+    when `rule` fires and all tokens before it have stopped, or when its sequence's `n_loops` are run. `on_progress`
+    hears how many more sequences are done.
 
     Raises:
         ConfigError: the model has an exit of its own, or a backout, which reads the last loop's stream.
@@ -166,6 +170,8 @@ class _DepthBatch:
         stops, kept = self._judge(before, after, pick(rows.kept), inputs, self.cache)
         for mine, new in ((rows.state, torch.where(runs[..., None], after, before)), (rows.kept, kept)):
             mine.scatter_(1, order[..., None].expand_as(new), new)
+        # in order of position: a token stops only where all tokens before it have stopped or do so now
+        stops = (stops | ~runs).to(torch.int8).cumprod(dim=1).bool()
         self.n_run += 1
         rows.depth += rows.runs
         rows.runs.scatter_(1, order, runs & ~stops)

@@ -101,6 +101,17 @@ def test_the_rules_by_hand(kind: Any, make_model: Make) -> None:
     torch.testing.assert_close(result.logits, model(ids, n_loops=expected).logits[0], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_weights_stop_and_run_to_full_depth_too(kind: Any, make_model: Make) -> None:
+    model = make_model("inject.kind=diagonal", "vocab_size=600")
+    ids = [torch.randint(600, (length,)) for length in LENGTHS]
+    rule = ExitRule(kind, {"latent": 0.05, "kl": 1e-3, "entropy": 6.5, "stable": 2}[kind])
+    rounded = score_sequences(model.to(torch.bfloat16), ids, n_loops=12, rule=rule, batch_size=3)
+    assert min(int(each.depths.min()) for each in rounded) < 12
+    for each in score_sequences(model, ids, n_loops=5, rule=ExitRule(kind, 0), batch_size=3):
+        assert set(each.depths.tolist()) == {5}
+
+
 def test_progress_counts_every_sequence_once(make_model: Make) -> None:
     model = make_model()
     heard: list[int] = []

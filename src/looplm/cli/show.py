@@ -49,11 +49,11 @@ def dial_table(dial: Dial) -> None:
 
 
 def trials_table(trials: Sequence[Trial], chosen: Trial, *, confidence: float) -> None:
-    """Exit rules down, strictest first, the chosen one marked; below them the bound that it kept."""
+    """Exit rules down, strictest first, the chosen one marked, each with the sequences it broke and their bound."""
     first = trials[0]
     title = f"full depth: {first.full_loops:.1f} loops a token, {percent(first.full)} % of sequences right"
     table = Table(title=escape(title), title_justify="left")
-    for name in ("rule", "mean loops", "fewer, %", "right, % [95 %]", "broken", "bound, %"):
+    for name in ("rule", "mean loops", "fewer, %", "right, %", "broken", "bound, %"):
         table.add_column(name, justify="right")
     for trial in trials:
         mark = " *" if trial is chosen else ""
@@ -61,11 +61,13 @@ def trials_table(trials: Sequence[Trial], chosen: Trial, *, confidence: float) -
             f"{trial.rule}{mark}",
             f"{trial.mean_loops:.1f}",
             f"{100 * trial.saved:.1f}",
-            percent(trial.exact),
+            f"{100 * trial.exact.accuracy:.1f}",
             str(trial.n_broken),
             f"{100 * trial.bound(confidence):.2f}",
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print("[dim]* chosen; broken: right at full depth and wrong with the rule[/dim]")
 
 
 def _exact(row: Row) -> str:

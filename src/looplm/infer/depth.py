@@ -139,7 +139,7 @@ class _DepthBatch:
         cache, self.n_run = self._new_cache(len(sequences)), 0
         inputs = self._inputs(ids, first, at.expand_as(ids))
         state, _ = model.one_loop(None, entry, inputs.loop_idx, inputs, cache.slots[: model.config.n_core])
-        nothing = state.new_full((*ids.shape, self.rule.n_kept(model.config.d_head_out)), torch.nan)
+        nothing = torch.full((*ids.shape, self.rule.n_kept(model.config.d_head_out)), torch.nan, device=device)
         _, kept = self._judge(state, state, nothing, inputs, cache)  # exits begin with the second loop
         budget = torch.tensor(budgets, device=device)
         runs = (at < lengths[:, None]) & (budget > 1)[:, None]

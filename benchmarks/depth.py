@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from looplm.checkpoint import load
-from looplm.data.tasks.permutations import BOS_ID, N_ANSWERS, PRODUCT
+from looplm.data.tasks.permutations import BOS_ID, N_ANSWERS, products
 from looplm.eval.exits import CALIBRATION_SEED, GRIDS, Trials, as_record, calibrate
 from looplm.infer.depth import score_sequences
 from looplm.infer.exits import KINDS, ExitRule
@@ -121,12 +122,9 @@ def batches(model: LoopedLM, ids: list[Tensor], order: list[int], depth: Callabl
     found: dict[int, Tensor] = {}
     for start in range(0, len(order), BATCH):
         numbers = order[start : start + BATCH]
-        longest = max(len(ids[number]) for number in numbers)
-        padded = torch.zeros(len(numbers), longest, dtype=torch.long)
-        for row, number in enumerate(numbers):
-            padded[row, : len(ids[number])] = ids[number]
+        padded = pad_sequence([ids[number] for number in numbers], batch_first=True)
         with torch.inference_mode():
-            logits = model(padded, n_loops=depth(longest - 1)).logits
+            logits = model(padded, n_loops=depth(padded.shape[1] - 1)).logits
         for row, number in enumerate(numbers):
             found[number] = logits[row, : len(ids[number])]
     return [found[number] for number in range(len(ids))]
@@ -134,12 +132,7 @@ def batches(model: LoopedLM, ids: list[Tensor], order: list[int], depth: Callabl
 
 def is_right(ids: Tensor, answers: Tensor) -> bool:
     """Whether every prefix's product is right."""
-    product, given = None, (ids[1:] - 1).tolist()
-    for drawn, answer in zip(given, answers.tolist(), strict=True):
-        product = drawn if product is None else int(PRODUCT[product, drawn])
-        if product != answer:
-            return False
-    return True
+    return bool((products(ids[None, 1:].numpy() - 1)[0] == answers.numpy()).all())
 
 
 def main() -> None:

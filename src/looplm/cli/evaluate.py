@@ -63,24 +63,17 @@ def evaluate(
     loaded = load_run(run)
     trained_on = loaded.config.get("data", {}).get("kind")
     if suite == "loops":
-        beside = (("--questions", questions), ("--harder", harder), ("--lengths", lengths), ("--exit", exit_rule))
-        for option, value in beside:
-            if value is not None:
-                raise ConfigError(f"{option} is for the other suites; loops takes --n, --loops and --plot")
+        others = {"--questions": questions, "--harder": harder, "--lengths": lengths, "--exit": exit_rule}
+        _refuse(others, "is for the other suites; loops takes --n, --loops and --plot")
         scores = {"suite": "loops", **_dial(loaded, loops=loops, n=n, plot=plot)}
     elif suite == "s3" or (suite is None and questions is None and trained_on == "permutations"):
-        for option, value in (("--questions", questions), ("--harder", harder)):
-            if value is not None:
-                raise ConfigError(f"{option} is for the reasoning suite; s3 takes --lengths, --loops, --exit and --n")
-        scores = {
-            "suite": "s3",
-            **_staircase(loaded.model, run=run, lengths=lengths, loops=loops, n=n, exit_=exit_rule),
-        }
+        others = {"--questions": questions, "--harder": harder}
+        _refuse(others, "is for the reasoning suite; s3 takes --lengths, --loops, --exit and --n")
+        stairs = _staircase(loaded.model, run=run, lengths=lengths, loops=loops, n=n, exit_=exit_rule)
+        scores = {"suite": "s3", **stairs}
     else:
-        if lengths is not None:
-            raise ConfigError("--lengths is for the s3 suite; the reasoning suite takes --n and --loops")
-        if exit_rule is not None:
-            raise ConfigError("--exit is for the s3 suite: generated text runs the same loops at every token so far")
+        _refuse({"--lengths": lengths}, "is for the s3 suite; the reasoning suite takes --n and --loops")
+        _refuse({"--exit": exit_rule}, "is for the s3 suite: generated text runs the same loops at every token so far")
         if questions is not None and (n is not None or harder is not None):
             raise ConfigError("--n and --harder choose generated questions; with --questions all of the file is scored")
         scores = {
@@ -250,6 +243,15 @@ def _reasoning(
         "harder": {name: each.as_dict() for name, each in extra.scores.items()} if extra is not None else {},
         "mistakes": results[headline].mistakes,
     }
+
+
+def _refuse(options: dict[str, Any], reason: str) -> None:
+    """Refuse options that the chosen suite would ignore."""
+    from looplm.errors import ConfigError
+
+    for option, value in options.items():
+        if value is not None:
+            raise ConfigError(f"{option} {reason}")
 
 
 def _check_writable(path: Path, *, option: str) -> None:

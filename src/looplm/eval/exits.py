@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from looplm.checkpoint import write_text
 from looplm.data.tasks import permutations
 from looplm.errors import CheckpointError, ConfigError
 from looplm.eval.interval import Score
 from looplm.eval.staircase import check_model, loops_for
-from looplm.infer.depth import score_sequences
+from looplm.infer.depth import mean_depth, score_sequences
 from looplm.infer.exits import ExitRule, RuleKind
 from looplm.model.looped import LoopedLM
 
@@ -79,9 +80,7 @@ class Calibration:
 
     def save(self, run: Path) -> None:
         """Into the run folder, whole or not at all."""
-        partial = run / f".{FILE}.partial"
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        partial.replace(run / FILE)
+        write_text(run / FILE, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def load_rule(run: Path) -> ExitRule:
@@ -171,7 +170,7 @@ class Trials:
             bool((each.logits[1:].argmax(-1) == answers).all())
             for each, answers in zip(scored, self.answers, strict=True)
         ]
-        return torch.tensor(right), torch.cat([each.depths for each in scored]).double().mean().item()
+        return torch.tensor(right), mean_depth(scored)
 
 
 def calibrate(trials: Trials, *, kind: RuleKind, max_loss: float, confidence: float) -> tuple[list[Trial], Trial]:

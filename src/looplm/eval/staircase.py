@@ -11,7 +11,7 @@ import torch
 from looplm.data.tasks import permutations
 from looplm.errors import ConfigError, DataError
 from looplm.eval.interval import Score
-from looplm.infer.depth import score_sequences
+from looplm.infer.depth import mean_depth, score_sequences
 from looplm.infer.exits import ExitRule
 from looplm.model.looped import LoopedLM
 
@@ -99,7 +99,7 @@ def evaluate_staircase(
             else:
                 scored = score_sequences(model, list(torch.from_numpy(ids)), n_loops=loops, rule=exit_rule)
                 logits = torch.stack([each.logits for each in scored])
-                mean_loops = torch.cat([each.depths for each in scored]).double().mean().item()
+                mean_loops = mean_depth(scored)
             n_right = int((logits[:, 1:].argmax(-1).numpy() == answers[:, 1:]).all(axis=1).sum())
             rows.append(Row(length, rule, loops, Score(n_right, n_sequences), mean_loops))
             if on_progress is not None:

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from looplm.errors import ConfigError, DataError
 from looplm.infer.exits import ExitRule
-from looplm.model.cache import KVCache
+from looplm.model.cache import KVCache, Slot
 from looplm.model.layer_inputs import LayerInputs
+from looplm.model.loop.exit import check_last_state
 from looplm.model.loop.inject import LTIInjectConfig
-from looplm.model.looped import LoopedLM, ModelConfig
-from looplm.model.moe import MoEConfig
+from looplm.model.looped import LoopedLM
 
 SHRINK_BELOW = 0.75  # of the rows in use, once nothing waits: leaving out rows copies what the others keep
 
@@ -100,13 +100,13 @@ def score_sequences(
 
 
 class _DepthBatch:
-    """The rows that are in the batch, with their cache: one slot for each core layer, one for each coda layer."""
+    """The rows that are in the batch, with their cache."""
 
     def __init__(self, model: LoopedLM, rule: ExitRule, *, longest: int) -> None:
         self.model = model
         self.rule = rule
         self.longest = longest
-        self.loops_differ = _loops_differ(model.config)
+        self.loops_differ = _loops_differ(model)
         self.n_run = 0  # loops that all rows have run, where loops differ
         self.rows: _Rows | None = None
         self.cache = self._new_cache(0)
@@ -138,7 +138,7 @@ class _DepthBatch:
         at = torch.arange(self.longest, device=device)
         cache, self.n_run = self._new_cache(len(sequences)), 0
         inputs = self._inputs(ids, first, at.expand_as(ids))
-        state, _ = model.one_loop(None, entry, inputs.loop_idx, inputs, cache.slots[: model.config.n_core])
+        state, _ = model.one_loop(None, entry, inputs.loop_idx, inputs, self._slots(cache)[0])
         nothing = torch.full((*ids.shape, self.rule.n_kept(model.config.d_head_out)), torch.nan, device=device)
         _, kept = self._judge(state, state, nothing, inputs, cache)  # exits begin with the second loop
         budget = torch.tensor(budgets, device=device)
@@ -165,8 +165,7 @@ class _DepthBatch:
 
         before = pick(rows.state)
         inputs = self._inputs(rows.ids.gather(1, order), pick(rows.first), torch.where(runs, order, self.longest))
-        slots = self.cache.slots[: self.model.config.n_core]
-        after, _ = self.model.one_loop(before, pick(rows.entry), inputs.loop_idx, inputs, slots)
+        after, _ = self.model.one_loop(before, pick(rows.entry), inputs.loop_idx, inputs, self._slots(self.cache)[0])
         stops, kept = self._judge(before, after, pick(rows.kept), inputs, self.cache)
         for mine, new in ((rows.state, torch.where(runs[..., None], after, before)), (rows.kept, kept)):
             mine.scatter_(1, order[..., None].expand_as(new), new)
@@ -215,43 +214,38 @@ class _DepthBatch:
         """`ExitRule.fires` for tokens (R, W)."""
         model, logits = self.model, None
         if self.rule.reads_logits:
-            slots = cache.slots[model.config.n_core :]
+            _, slots = self._slots(cache)
             logits = model.logits(model.leave(model.inject.read_out(after), inputs, slots)).flatten(0, 1)
         fires, new = self.rule.fires(before.flatten(0, 1), after.flatten(0, 1), logits, kept.flatten(0, 1))
         return fires.unflatten(0, kept.shape[:2]), new.unflatten(0, kept.shape[:2])
 
     def _new_cache(self, batch_size: int) -> KVCache:
-        config, weight = self.model.config, self.model.embed.weight
-        return KVCache(
-            n_slots=config.n_core + config.n_coda,
-            batch_size=batch_size,
-            capacity=self.longest,
-            shapes=config.block.attention.slot_shapes,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+        """Slots of one loop, which all loops share."""
+        return self.model.new_cache(batch_size=batch_size, capacity=self.longest, n_loops=1)
+
+    def _slots(self, cache: KVCache) -> tuple[list[Slot], list[Slot]]:
+        """Those of the core layers and of the coda; the prelude is not run with a cache."""
+        start = self.model.config.n_prelude
+        end = start + self.model.config.n_core
+        return cache.slots[start:end], cache.slots[end:]
 
 
-def _loops_differ(config: ModelConfig) -> bool:
+def mean_depth(scored: Sequence[Scored]) -> float:
+    """Loops per token over all sequences."""
+    return torch.cat([each.depths for each in scored]).double().mean().item()
+
+
+def _loops_differ(model: LoopedLM) -> bool:
     """Whether any part asks which loop it is in: rows at different loops cannot then share a step."""
-    ffns = (config.core_ffn or config.block.ffn,)
-    moes = [part for ffn in ffns for part in (ffn, getattr(ffn, "moe", None)) if isinstance(part, MoEConfig)]
+    config = model.config
     has_loop_embed = isinstance(config.inject, LTIInjectConfig) and config.inject.loop_embed != "none"
-    return (
-        config.adapter is not None
-        or config.loop_lora is not None
-        or has_loop_embed
-        or any(moe.n_loop_embeds for moe in moes)
-    )
+    has_loop_router = any(block.moe is not None and block.moe.loop_embed is not None for block in model.blocks())
+    return config.adapter is not None or config.loop_lora is not None or has_loop_embed or has_loop_router
 
 
 def _check(model: LoopedLM, sequences: Sequence[Tensor], budgets: list[int], *, batch_size: int) -> None:
     """Refuse what cannot be run."""
-    if model.exit.can_settle or model.backout is not None:
-        raise ConfigError(
-            "an exit rule needs a model whose output is the last state alone: this one has "
-            f"{'an exit of its own' if model.exit.can_settle else 'a backout'}"
-        )
+    check_last_state("an exit rule needs", exit=model.exit, has_backout=model.backout is not None)
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; give 1 or more")
     if len(budgets) != len(sequences):

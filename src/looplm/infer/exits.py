@@ -6,8 +6,8 @@ Source: spec loops, 2.5 (the criteria of Huginn's code) and A.4: on serial tasks
 
 import math
 import re
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -45,14 +45,13 @@ class ExitRule:
     def parse(cls, text: str) -> "ExitRule":
         """`latent:0.001`, or a kind alone for its usual threshold."""
         name, colon, number = (part.strip() for part in text.partition(":"))
-        kind = next((kind for kind in KINDS if kind == name), None)
-        if kind is None:
-            raise ConfigError(f"no exit rule {name!r}{did_you_mean(name, KINDS)} Rules: {', '.join(KINDS)}.")
+        kind = cast(RuleKind, name)
+        rule = cls(kind, DEFAULTS.get(kind, 0))  # an unknown kind is refused there
         if not colon:
-            return cls(kind, DEFAULTS[kind])
+            return rule
         if not re.fullmatch(r"\d*\.?\d+(e[+-]?\d+)?", number):
             raise ConfigError(f"threshold {number!r} of exit rule {text!r} is not a number; write it as latent:0.001")
-        return cls(kind, float(number))
+        return replace(rule, threshold=float(number))
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.threshold:g}"

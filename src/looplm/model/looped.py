@@ -23,7 +23,7 @@ from looplm.model.init import init_weights
 from looplm.model.layer_inputs import Asides, LayerInputs, Place, layer_inputs
 from looplm.model.linear import LowRankConfig, join_weights
 from looplm.model.loop.adapter import LoopLoRA, LoopLoRAConfig
-from looplm.model.loop.exit import ExitConfig, Halting, NoExitConfig, make_exit
+from looplm.model.loop.exit import ExitConfig, Halting, NoExitConfig, check_last_state, make_exit
 from looplm.model.loop.inject import InjectConfig, NoInjectConfig, make_inject
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.loop.rows import run_rows
@@ -401,11 +401,8 @@ class LoopedLM(nn.Module):
         assert plan.per_row is not None
         if len(plan.per_row) != n_rows:
             raise ConfigError(f"the plan has loops for {len(plan.per_row)} rows and the batch has {n_rows}")
-        if self.exit.can_settle or self.backout is not None:
-            raise ConfigError(
-                "loops per row need a model whose output is the last state alone: this one has "
-                f"{'an exit of its own' if self.exit.can_settle else 'a backout'}; take another plan"
-            )
+        has_backout = self.backout is not None
+        check_last_state("loops per row need", exit=self.exit, has_backout=has_backout, mend="; take another plan")
 
     def inputs(
         self,

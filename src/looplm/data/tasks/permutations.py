@@ -26,10 +26,13 @@ def sequences(
     permutation is read: nothing is shifted."""
     drawn = rng.integers(0, len(ELEMENTS), size=(n_sequences, length))
     ids = np.concatenate([np.full((n_sequences, 1), BOS_ID), drawn + 1], axis=1)
-    answers = np.full((n_sequences, 1 + length), IGNORE)
-    product = drawn[:, 0]
-    answers[:, 1] = product
-    for position in range(1, length):
-        product = PRODUCT[product, drawn[:, position]]
-        answers[:, 1 + position] = product
+    answers = np.concatenate([np.full((n_sequences, 1), IGNORE), products(drawn)], axis=1)
     return ids.astype(np.int64), answers.astype(np.int64)
+
+
+def products(drawn: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The product of all permutations up to each place (B, T), for permutations 0..5 (B, T)."""
+    so_far = drawn.copy()
+    for position in range(1, drawn.shape[1]):
+        so_far[:, position] = PRODUCT[so_far[:, position - 1], drawn[:, position]]
+    return so_far

@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
 from looplm.config import Config
+from looplm.errors import ConfigError
 from looplm.model.layer_inputs import Asides
 
 
@@ -107,6 +108,19 @@ class ACT(NoExit):
         if asides is not None and self.config.ponder_cost:
             asides.losses.append(self.config.ponder_cost * halting.depth.mean())
         return halting.output
+
+
+def check_last_state(what: str, *, exit: NoExit, has_backout: bool, mend: str = "") -> None:
+    """Refuse a model whose output is made of more than its last state; the message goes from `what` to `mend`.
+
+    Raises:
+        ConfigError: it has an exit of its own or a backout.
+    """
+    if exit.can_settle or has_backout:
+        raise ConfigError(
+            f"{what} a model whose output is the last state alone: this one has "
+            f"{'an exit of its own' if exit.can_settle else 'a backout'}{mend}"
+        )
 
 
 def make_exit(d_model: int, config: NoExitConfig | ACTConfig) -> NoExit:

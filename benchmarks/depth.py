@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from looplm.checkpoint import load
 from looplm.data.tasks.permutations import BOS_ID, N_ANSWERS, products
-from looplm.eval.exits import CALIBRATION_SEED, GRIDS, Trials, as_record, calibrate
+from looplm.eval.exits import CALIBRATION_SEED, GRIDS, SequenceTrials, as_record, calibrate
 from looplm.infer.depth import score_sequences
 from looplm.infer.exits import KINDS, ExitRule
 from looplm.model.looped import LoopedLM
@@ -42,9 +42,9 @@ def s3(run: Path | None) -> dict[str, Any]:
         start_run(resolve_run("s3"), run)
     model = load(run)
     on_length = {"lengths": [LENGTH], "loops": "2n"}
-    trials = Trials(model, **on_length, n_sequences=1000, seed=CALIBRATION_SEED)
+    trials = SequenceTrials(model, **on_length, n_sequences=1000, seed=CALIBRATION_SEED)
     tried, best = calibrate(trials, kind="latent", max_loss=MAX_LOSS, confidence=CONFIDENCE)
-    fresh = Trials(model, **on_length, n_sequences=1000, seed=CALIBRATION_SEED + 1)
+    fresh = SequenceTrials(model, **on_length, n_sequences=1000, seed=CALIBRATION_SEED + 1)
     scored = fresh.run(best.rule)
     print(
         f"length {LENGTH}, {best.rule}: {100 * scored.exact.accuracy:.1f} % exact of {scored.exact.n} (full depth "

@@ -67,7 +67,7 @@ class Scripted(Reasoner):
         from looplm.data.tasks.example import parse_completion
 
         texts = [self.table[question] for question in questions]
-        return [Reply(parse_completion(text), text, Generation([], "eos")) for text in texts]
+        return [Reply(parse_completion(text), text, Generation([], "eos", [])) for text in texts]
 
 
 def test_scoring_counts_exact_answers_and_formats_apart() -> None:

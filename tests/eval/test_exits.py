@@ -11,9 +11,19 @@ import torch
 
 from looplm.errors import CheckpointError, ConfigError, DataError
 from looplm.eval import exits
-from looplm.eval.exits import Trial, Trials, as_calibration, calibrate, fewest_sequences, load_rule, upper_bound
+from looplm.eval.exits import (
+    SequenceTrials,
+    Trial,
+    Trials,
+    as_calibration,
+    calibrate,
+    fewest_sequences,
+    load_exit,
+    upper_bound,
+)
 from looplm.eval.interval import Score
 from looplm.eval.staircase import evaluate_staircase
+from looplm.infer.decoders import EarlyExit
 from looplm.infer.exits import ExitRule
 from looplm.model.looped import LoopedLM
 
@@ -37,14 +47,15 @@ class Scripted(Trials):
     """Trials whose outcome is written down: broken sequences by threshold."""
 
     def __init__(self, broken: dict[float, int]) -> None:
-        self.ids = [torch.zeros(1)] * 1000
-        self.broken = broken
+        self.broken = {0.0: 0, **broken}
         self.asked: list[float] = []
+        super().__init__(1000)
+        self.asked.clear()
 
-    def run(self, rule: ExitRule) -> Trial:
+    def _right(self, rule: ExitRule) -> tuple[torch.Tensor, float]:
         self.asked.append(rule.threshold)
-        n_broken = self.broken.get(rule.threshold, 0)
-        return Trial(rule, Score(1000 - n_broken, 1000), Score(1000, 1000), n_broken, 10.0, 20.0)
+        right = torch.arange(self.n) >= self.broken.get(rule.threshold, 0)
+        return right, 10.0 if rule.threshold else 20.0
 
 
 def test_the_loosest_before_the_first_failure_is_chosen() -> None:
@@ -66,7 +77,7 @@ def test_a_promise_that_cannot_be_kept_is_refused() -> None:
 
 def test_trials_compare_with_full_depth_on_the_same_sequences(make_model: Callable[..., LoopedLM]) -> None:
     model = make_model(*S3)
-    trials = Trials(model, lengths=[2, 3], loops="2n", n_sequences=20, seed=1, batch_size=7)
+    trials = SequenceTrials(model, lengths=[2, 3], loops="2n", n_sequences=20, seed=1, batch_size=7)
     assert trials.full_loops == pytest.approx((3 * 4 + 4 * 6) / 7)  # BOS counts as a token
     never = trials.run(ExitRule("latent", 0))
     assert (never.n_broken, never.mean_loops, never.exact) == (0, trials.full_loops, never.full)
@@ -75,7 +86,7 @@ def test_trials_compare_with_full_depth_on_the_same_sequences(make_model: Callab
     trials.full[:] = True  # as if full depth were always right
     assert trials.run(ExitRule("latent", 1e6)).n_broken == 20 - soon.exact.n_right
     with pytest.raises(DataError, match="not trained on permutations"):
-        Trials(make_model(), lengths=[2], loops="n", n_sequences=2, seed=1)
+        SequenceTrials(make_model(), lengths=[2], loops="n", n_sequences=2, seed=1)
 
 
 def test_the_staircase_counts_the_loops_that_tokens_ran(make_model: Callable[..., LoopedLM]) -> None:
@@ -89,12 +100,12 @@ def test_the_staircase_counts_the_loops_that_tokens_ran(make_model: Callable[...
 
 def test_what_is_stored_is_read_back(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="looplm calibrate"):
-        load_rule(tmp_path)
+        load_exit(tmp_path)
     trial = Trial(ExitRule("kl", 0.002), Score(999, 1000), Score(1000, 1000), 1, 7.5, 20.0)
-    stored = as_calibration(trial, max_loss=0.005, confidence=0.95, lengths=[3], loops="2n")
+    stored = as_calibration(trial, max_loss=0.005, confidence=0.95, missing="last", asked="x")
     stored.save(tmp_path)
-    assert load_rule(tmp_path) == trial.rule
+    assert load_exit(tmp_path) == EarlyExit(trial.rule, "last")
     assert json.loads((tmp_path / exits.FILE).read_text())["bound"] == upper_bound(1, 1000, confidence=0.95)
     (tmp_path / exits.FILE).write_text("{")
     with pytest.raises(CheckpointError, match="is not a calibration"):
-        load_rule(tmp_path)
+        load_exit(tmp_path)

@@ -1,4 +1,6 @@
-"""Lists on the command line."""
+"""What several commands read from the command line."""
+
+from typing import Any
 
 from looplm.errors import ConfigError
 
@@ -18,3 +20,16 @@ def numbers(text: str, *, option: str) -> list[int]:
 def loop_counts(text: str) -> list[int]:
     """`1,2,4,8` as numbers of loops."""
     return numbers(text, option="--loops")
+
+
+def early_exit(rule: str, *, run: str, missing: str | None) -> Any:
+    """What --exit and --missing say, an `EarlyExit`."""
+    from looplm.checkpoint import run_folder
+    from looplm.eval.exits import load_exit
+    from looplm.infer.decoders import EarlyExit
+
+    if rule.strip() != "calibrated":
+        return EarlyExit.parse(rule, missing=missing)
+    if missing is not None:
+        raise ConfigError("--missing is part of the calibrated rule; leave it out, or name a rule")
+    return load_exit(run_folder(run))

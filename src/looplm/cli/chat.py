@@ -1,6 +1,7 @@
 """The terminal chat: the model's steps appear as it writes them."""
 
 import sys
+from typing import Any
 
 import torch
 import typer
@@ -8,8 +9,10 @@ import typer
 from looplm.data.tokenizer import EOS
 from looplm.errors import LooplmError
 from looplm.eval.reasoning import load_reasoner
+from looplm.infer.decoders import EarlyExit
 from looplm.infer.reasoner import Reasoner
 from looplm.infer.sampling import SamplingConfig
+from looplm.infer.speculate import Draft
 from looplm.model.loop.plan import LoopPlan
 
 HELP = """Ask for sums, comparisons, patterns, sorted lists or short word problems, for example:
@@ -40,7 +43,15 @@ class StepPrinter:
         sys.stdout.flush()
 
 
-def run_chat(run: str, *, n_loops: int | None, sampling: SamplingConfig, compiled: bool = False) -> None:
+def run_chat(
+    run: str,
+    *,
+    n_loops: int | None,
+    sampling: SamplingConfig,
+    early: EarlyExit | None = None,
+    draft: Draft | None = None,
+    compiled: bool = False,
+) -> None:
     """Read questions until the end of input, /quit or Ctrl-C."""
     torch.set_num_threads(1)
     reasoner = load_reasoner(run)
@@ -70,7 +81,7 @@ def run_chat(run: str, *, n_loops: int | None, sampling: SamplingConfig, compile
             elif line.startswith("/"):
                 typer.echo(f"unknown command {line.split()[0]!r}; there is /loops N, /help and /quit")
             else:
-                _answer(reasoner, line, n_loops=loops, sampling=sampling)
+                _answer(reasoner, line, n_loops=loops, sampling=sampling, early=early, draft=draft)
         except LooplmError as error:
             typer.secho(f"error: {error}", fg="red")
         except KeyboardInterrupt:
@@ -87,8 +98,12 @@ def _loops(line: str, current: int) -> int:
     return current
 
 
-def _answer(reasoner: Reasoner, question: str, *, n_loops: int, sampling: SamplingConfig) -> None:
-    reply = reasoner.answer([question], n_loops=n_loops, sampling=sampling, on_token=StepPrinter(reasoner))[0]
+def _answer(reasoner: Reasoner, question: str, **options: Any) -> None:
+    """Write the answer as it comes; `options` are those of `Reasoner.answer`."""
+    reply = reasoner.answer([question], on_token=StepPrinter(reasoner), **options)[0]
     typer.echo("")
+    if options["early"] is not None:
+        depths = reply.generation.depths
+        typer.secho(f"({sum(depths) / len(depths):.2f} of {options['n_loops']} loops per token)", dim=True)
     if not reply.completion.well_formed:
         typer.secho(f"(not a complete solution; stopped by {reply.generation.stopped_by})", dim=True)

@@ -39,9 +39,15 @@ def evaluate(
         str | None,
         typer.Option(
             "--exit",
-            help="For s3: stop each token by a rule, as latent:0.001 (or kl, entropy, stable), or by the `calibrated` "
+            help="Stop each token's loops by a rule, as latent:0.001 (or kl, entropy, stable), or by the `calibrated` "
             "one of the run.",
             show_default=False,
+        ),
+    ] = None,
+    missing: Annotated[
+        str | None,
+        typer.Option(
+            help="With --exit, for text: keys of the loops left out, recompute or last.", show_default="recompute"
         ),
     ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the scores here.", show_default=False)] = None,
@@ -49,6 +55,7 @@ def evaluate(
 ) -> None:
     """Score a run: accuracy with 95 % intervals, by number of loops."""
     from looplm.checkpoint import load_run
+    from looplm.cli.arguments import early_exit
     from looplm.errors import ConfigError
 
     if n is not None and n < 1:
@@ -57,6 +64,8 @@ def evaluate(
         raise ConfigError(f"no suite {suite!r}; there is reasoning, s3 and loops")
     if plot is not None and suite != "loops":
         raise ConfigError("--plot draws the loops suite; add --suite loops")
+    if missing is not None and exit_rule is None:
+        raise ConfigError("--missing says what --exit leaves out; give --exit too")
     for option, path in (("--json", json_out), ("--plot", plot)):
         if path is not None:
             _check_writable(path, option=option)
@@ -67,19 +76,17 @@ def evaluate(
         _refuse(others, "is for the other suites; loops takes --n, --loops and --plot")
         scores = {"suite": "loops", **_dial(loaded, loops=loops, n=n, plot=plot)}
     elif suite == "s3" or (suite is None and questions is None and trained_on == "permutations"):
-        others = {"--questions": questions, "--harder": harder}
+        others = {"--questions": questions, "--harder": harder, "--missing": missing}
         _refuse(others, "is for the reasoning suite; s3 takes --lengths, --loops, --exit and --n")
         stairs = _staircase(loaded.model, run=run, lengths=lengths, loops=loops, n=n, exit_=exit_rule)
         scores = {"suite": "s3", **stairs}
     else:
         _refuse({"--lengths": lengths}, "is for the s3 suite; the reasoning suite takes --n and --loops")
-        _refuse({"--exit": exit_rule}, "is for the s3 suite: generated text runs the same loops at every token so far")
         if questions is not None and (n is not None or harder is not None):
             raise ConfigError("--n and --harder choose generated questions; with --questions all of the file is scored")
-        scores = {
-            "suite": "reasoning",
-            **_reasoning(loaded, run=run, loops=loops, n=n, questions=questions, harder=harder),
-        }
+        early = None if exit_rule is None else early_exit(exit_rule, run=run, missing=missing)
+        options: dict[str, Any] = {"loops": loops, "n": n, "questions": questions, "harder": harder}
+        scores = {"suite": "reasoning", **_reasoning(loaded, run=run, early=early, **options)}
     if json_out is not None:
         _write_json(json_out, {"run": run, **scores})
 
@@ -96,46 +103,57 @@ def demo(
 
 
 def calibrate(
-    run: Annotated[str, typer.Argument(help="A run folder of `looplm train s3`.")],
+    run: Annotated[str, typer.Argument(help="A run folder of `looplm train s3` or `looplm train reason-deep`.")],
     max_loss: Annotated[float, typer.Option(help="Most accuracy to lose, as a share: 0.005 is half a point.")] = 0.005,
     confidence: Annotated[float, typer.Option(help="Probability with which that holds.")] = 0.95,
     rule: Annotated[str, typer.Option(help="What is measured: latent, kl, entropy or stable.")] = "latent",
-    lengths: Annotated[str, typer.Option(help="Sequence lengths, an equal share of each.")] = "12,24,48",
-    loops: Annotated[str, typer.Option(help="Full depth, by length.")] = "2n",
-    n: Annotated[int, typer.Option("--n", help="Fresh sequences to calibrate on.")] = 1000,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="For s3: sequence lengths, an equal share of each.", show_default="12,24,48"),
+    ] = None,
+    loops: Annotated[
+        str | None,
+        typer.Option(help="Full depth; for s3 by length.", show_default="the run's own; s3: 2n"),
+    ] = None,
+    missing: Annotated[
+        str | None,
+        typer.Option(help="For text: keys of the loops left out, recompute or last.", show_default="recompute"),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", help="Fresh questions to calibrate on, all tasks together.")] = 1000,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write all trials here.", show_default=False)] = None,
 ) -> None:
     """Find the exit rule that saves most loops and keeps the accuracy, and store it in the run (exit.json)."""
     from looplm.checkpoint import load_run, run_folder
-    from looplm.cli.arguments import numbers
     from looplm.cli.progress import CountProgress
     from looplm.cli.show import trials_table
     from looplm.errors import ConfigError
-    from looplm.eval.exits import CALIBRATION_SEED, FILE, GRIDS, Trials, as_calibration, as_record
+    from looplm.eval.exits import FILE, GRIDS, as_calibration, as_record
     from looplm.eval.exits import calibrate as find
-    from looplm.eval.staircase import loops_for
-    from looplm.infer.exits import ExitRule
+    from looplm.infer.decoders import EarlyExit
 
     for option, share in (("--max-loss", max_loss), ("--confidence", confidence)):
         if not 0 < share < 1:
             raise ConfigError(f"{option} {share:g} is a share: give a number between 0 and 1")
     if n < 1:
         raise ConfigError(f"--n {n} is too small; give 1 or more")
-    kind = ExitRule.parse(rule.strip()).kind if ":" not in rule else None
-    if kind is None:
+    if ":" in rule:
         raise ConfigError(f"--rule {rule!r} names a threshold, which is what is looked for; give the kind alone")
-    chosen = numbers(lengths, option="--lengths")
-    loops_for(loops, max(chosen))
-    folder = run_folder(run)
+    early = EarlyExit.parse(rule, missing=missing)
+    folder, kind = run_folder(run), early.rule.kind
     for option, path in (("--json", json_out), ("RUN", folder / FILE)):
         if path is not None:
             _check_writable(path, option=option)
-    model = load_run(run).model
+    loaded = load_run(run)
+    if loaded.config.get("data", {}).get("kind") == "permutations":
+        _refuse({"--missing": missing}, "is for text; sequences are scored whole")
+        make, asked = _sequence_trials(loaded, lengths=lengths or "12,24,48", loops=loops or "2n", n=n)
+    else:
+        _refuse({"--lengths": lengths}, "is for s3")
+        make, asked = _question_trials(loaded, run=run, loops=loops, n=n, missing=early.missing)
     with CountProgress("measuring", n * (1 + len(GRIDS[kind]))) as progress:
-        trials = Trials(model, lengths=chosen, loops=loops, n_sequences=n, seed=CALIBRATION_SEED, on_progress=progress)
-        tried, best = find(trials, kind=kind, max_loss=max_loss, confidence=confidence)
+        tried, best = find(make(progress), kind=kind, max_loss=max_loss, confidence=confidence)
     trials_table(tried, best, confidence=confidence)
-    found = as_calibration(best, max_loss=max_loss, confidence=confidence, lengths=chosen, loops=loops)
+    found = as_calibration(best, max_loss=max_loss, confidence=confidence, missing=early.missing, asked=asked)
     found.save(folder)
     typer.echo(
         f"{found.rule}: {100 * best.saved:.0f} % fewer loops; at most {100 * found.bound:.2f} points lost with "
@@ -145,18 +163,46 @@ def calibrate(
         _write_json(json_out, {"run": run, "trials": [as_record(trial, confidence=confidence) for trial in tried]})
 
 
-def _exit_rule(text: str, *, run: str) -> Any:
-    from looplm.checkpoint import run_folder
-    from looplm.eval.exits import load_rule
-    from looplm.infer.exits import ExitRule
+def _sequence_trials(loaded: Any, *, lengths: str, loops: str, n: int) -> tuple[Any, str]:
+    """How trials on permutations are made, given who hears of the progress, and what they ask."""
+    from looplm.cli.arguments import numbers
+    from looplm.eval.exits import CALIBRATION_SEED, SequenceTrials
+    from looplm.eval.staircase import loops_for
 
-    return load_rule(run_folder(run)) if text.strip() == "calibrated" else ExitRule.parse(text)
+    chosen = numbers(lengths, option="--lengths")
+    loops_for(loops, max(chosen))
+
+    def make(progress: Any) -> Any:
+        options: dict[str, Any] = {"n_sequences": n, "seed": CALIBRATION_SEED, "on_progress": progress}
+        return SequenceTrials(loaded.model, lengths=chosen, loops=loops, **options)
+
+    return make, f"{n} sequences of {lengths} permutations, {loops} loops"
+
+
+def _question_trials(loaded: Any, *, run: str, loops: str | None, n: int, missing: Any) -> tuple[Any, str]:
+    """How trials on the reasoning suite are made, given who hears of the progress, and what they ask."""
+    from looplm.cli.arguments import loop_counts
+    from looplm.errors import ConfigError
+    from looplm.eval.exits import CALIBRATION_SEED, QuestionTrials
+    from looplm.eval.reasoning import as_reasoner
+
+    reasoner = as_reasoner(loaded, run=run)
+    counts = [reasoner.model.config.n_loops] if loops is None else loop_counts(loops)
+    if len(counts) > 1:
+        raise ConfigError(f"--loops {loops!r}: a rule is calibrated for one full depth; give one number")
+    n_loops = counts[0]
+
+    def make(progress: Any) -> Any:
+        options: dict[str, Any] = {"seed": CALIBRATION_SEED, "missing": missing, "on_progress": progress}
+        return QuestionTrials(reasoner, n=n, n_loops=n_loops, **options)
+
+    return make, f"{n} held-out questions of the reasoning suite, {n_loops} loops"
 
 
 def _staircase(
     model: Any, *, run: str, lengths: str | None, loops: str | None, n: int | None, exit_: str | None
 ) -> dict[str, Any]:
-    from looplm.cli.arguments import numbers
+    from looplm.cli.arguments import early_exit, numbers
     from looplm.cli.progress import CountProgress
     from looplm.cli.show import staircase_table
     from looplm.eval.staircase import LENGTHS, LOOPS, N_SEQUENCES, evaluate_staircase, loops_for
@@ -165,7 +211,7 @@ def _staircase(
     chosen = numbers(lengths, option="--lengths") if lengths is not None else list(LENGTHS)
     for rule in rules:
         loops_for(rule, max(chosen))
-    exit_rule = None if exit_ is None else _exit_rule(exit_, run=run)
+    exit_rule = None if exit_ is None else early_exit(exit_, run=run, missing=None).rule
     with CountProgress("measuring", len(chosen) * len(rules)) as progress:
         rows = evaluate_staircase(
             model,
@@ -206,7 +252,7 @@ def _dial(loaded: Any, *, loops: str | None, n: int | None, plot: Path | None) -
 
 
 def _reasoning(
-    loaded: Any, *, run: str, loops: str | None, n: int | None, questions: Path | None, harder: bool | None
+    loaded: Any, *, run: str, early: Any, loops: str | None, n: int | None, questions: Path | None, harder: bool | None
 ) -> dict[str, Any]:
     from looplm.cli.arguments import loop_counts
     from looplm.cli.progress import CountProgress
@@ -222,11 +268,18 @@ def _reasoning(
     wants_harder = questions is None and harder is not False
     beyond = held_out_questions(min(n or 500, 100), harder=True) if wants_harder else []
     with CountProgress("answering", len(asked) * len(counts) + len(beyond)) as progress:
-        results = {count: score(reasoner, asked, n_loops=count, on_progress=progress) for count in counts}
-        extra = score(reasoner, beyond, n_loops=headline, on_progress=progress) if beyond else None
-    columns = {f"{count} loop{'s' if count > 1 else ''}": result.scores for count, result in results.items()}
+        options: dict[str, Any] = {"early": early, "on_progress": progress}
+        results = {count: score(reasoner, asked, n_loops=count, **options) for count in counts}
+        extra = score(reasoner, beyond, n_loops=headline, **options) if beyond else None
+    columns = {
+        f"{count} loop{'s' if count > 1 else ''}" if early is None else f"{result.mean_loops:.2f} of {count}": (
+            result.scores
+        )
+        for count, result in results.items()
+    }
     source = f"questions of {questions}" if questions is not None else f"{n or 500} held-out questions a task"
-    reasoning_table(f"{source}, % right, greedy, exact match [95 % interval]", columns)
+    rule = "" if early is None else f", mean loops a token, tokens stop by {early}"
+    reasoning_table(f"{source}, % right, greedy, exact match [95 % interval]{rule}", columns)
     if extra is not None:
         n_extra = min(n or 500, 100)
         reasoning_table(
@@ -234,6 +287,7 @@ def _reasoning(
         )
     return {
         "n_loops": headline,
+        **({} if early is None else {"exit": str(early), "mean_loops": results[headline].mean_loops}),
         "mean_accuracy": results[headline].mean_accuracy,
         "tasks": {name: each.as_dict() for name, each in results[headline].scores.items()},
         "by_loops": {

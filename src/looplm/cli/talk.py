@@ -11,6 +11,26 @@ TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this 
 MinP = Annotated[float, typer.Option(help="Keep tokens at least this likely, relative to the likeliest.")]
 Penalty = Annotated[float, typer.Option(help="Above 1 makes repeated tokens less likely.")]
 Seed = Annotated[int, typer.Option(help="Seed of the draws.")]
+Exit = Annotated[
+    str | None,
+    typer.Option(
+        "--exit",
+        help="Stop each token's loops by a rule, as latent:0.05, or by the `calibrated` one of the run.",
+        show_default=False,
+    ),
+]
+Missing = Annotated[
+    str | None,
+    typer.Option(help="With --exit: keys of the loops left out, recompute or last.", show_default="recompute"),
+]
+DraftLoops = Annotated[
+    int | None,
+    typer.Option(
+        "--draft",
+        help="Guess ahead with this many loops, check at full depth: the same text, sooner.",
+        show_default=False,
+    ),
+]
 Compile = Annotated[bool, typer.Option("--compile", help="Wait up to a minute once, then write twice as fast or more.")]
 
 
@@ -23,6 +43,9 @@ def chat(
     min_p: MinP = 0.0,
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
+    exit_rule: Exit = None,
+    missing: Missing = None,
+    draft: DraftLoops = None,
     compiled: Compile = False,
 ) -> None:
     """Ask questions in the terminal. Steps are shown dimmed, the answer plain; /loops N turns the dial."""
@@ -36,7 +59,8 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    run_chat(run, n_loops=loops, sampling=sampling, compiled=compiled)
+    depth = _depth(run, exit_rule=exit_rule, missing=missing, draft=draft)
+    run_chat(run, n_loops=loops, sampling=sampling, compiled=compiled, **depth)
 
 
 def generate(
@@ -50,6 +74,9 @@ def generate(
     min_p: MinP = 0.0,
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
+    exit_rule: Exit = None,
+    missing: Missing = None,
+    draft: DraftLoops = None,
     compiled: Compile = False,
     json_out: Annotated[bool, typer.Option("--json", help="Print one JSON object a prompt.")] = False,
 ) -> None:
@@ -69,13 +96,14 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
+    depth = _depth(run, exit_rule=exit_rule, missing=missing, draft=draft)
     torch.set_num_threads(1)  # a model this small decodes no faster on two, and far slower on two busy ones
     reasoner = load_reasoner(run)
     if compiled:
         reasoner.model.compile_decoding()
         typer.secho("Compiling while the first token is written: ten seconds to a minute.", dim=True, err=True)
     started = time.perf_counter()
-    replies = reasoner.answer(prompt, n_loops=loops, max_new_tokens=max_new_tokens, sampling=sampling)
+    replies = reasoner.answer(prompt, n_loops=loops, max_new_tokens=max_new_tokens, sampling=sampling, **depth)
     seconds = time.perf_counter() - started
     for question, reply in zip(prompt, replies, strict=True):
         if json_out:
@@ -86,6 +114,7 @@ def generate(
                 "well_formed": reply.completion.well_formed,
                 "text": reply.text,
                 "n_loops": loops or reasoner.model.config.n_loops,
+                "mean_loops": round(sum(reply.generation.depths) / len(reply.generation.depths), 3),
                 "n_tokens": len(reply.generation.ids),
                 "stopped_by": reply.generation.stopped_by,
                 "seconds": round(seconds, 4),
@@ -95,6 +124,22 @@ def generate(
             for step in reply.completion.steps:
                 typer.secho(f"  {step}", dim=True)
             typer.echo(reply.completion.answer if reply.completion.answer is not None else reply.text)
+
+
+def _depth(run: str, *, exit_rule: str | None, missing: str | None, draft: int | None) -> dict[str, Any]:
+    """The options about loops, as `Reasoner.answer` takes them."""
+    from looplm.cli.arguments import early_exit
+    from looplm.errors import ConfigError
+    from looplm.infer.speculate import Draft
+
+    if missing is not None and exit_rule is None:
+        raise ConfigError("--missing says what --exit leaves out; give --exit too")
+    if draft is not None and exit_rule is not None:
+        raise ConfigError("--draft checks every token at full depth and --exit leaves loops out; give one of them")
+    return {
+        "early": None if exit_rule is None else early_exit(exit_rule, run=run, missing=missing),
+        "draft": None if draft is None else Draft(draft),
+    }
 
 
 def _sampling(**values: Any) -> Any:

@@ -8,6 +8,7 @@ Source of the method: Clopper and Pearson (1934); Angelopoulos et al., Learn the
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,12 +18,15 @@ import numpy as np
 import torch
 
 from looplm.checkpoint import write_text
-from looplm.data.tasks import permutations
+from looplm.data.tasks import REASONING, permutations
 from looplm.errors import CheckpointError, ConfigError
 from looplm.eval.interval import Score
+from looplm.eval.reasoning import evaluate, held_out_questions
 from looplm.eval.staircase import check_model, loops_for
+from looplm.infer.decoders import EarlyExit, Missing
 from looplm.infer.depth import mean_depth, score_sequences
 from looplm.infer.exits import ExitRule, RuleKind
+from looplm.infer.reasoner import Reasoner
 from looplm.model.looped import LoopedLM
 
 FILE = "exit.json"  # of a run folder
@@ -68,13 +72,14 @@ class Calibration:
     """A rule with what is promised of it."""
 
     rule: str
+    missing: str
     max_loss: float
     confidence: float
     bound: float
     n: int
     n_broken: int
-    lengths: list[int]
-    loops: str
+    asked: str
+    """What it was calibrated on."""
     mean_loops: float
     full_loops: float
 
@@ -83,14 +88,15 @@ class Calibration:
         write_text(run / FILE, json.dumps(asdict(self), indent=1) + "\n")
 
 
-def load_rule(run: Path) -> ExitRule:
+def load_exit(run: Path) -> EarlyExit:
     """The calibrated rule of a run folder."""
     path = run / FILE
     if not path.is_file():
         raise CheckpointError(f"{str(run)!r} has no calibrated exit rule; make one with `looplm calibrate {run}`")
     try:
-        return ExitRule.parse(str(json.loads(path.read_text())["rule"]))
-    except (ValueError, KeyError, TypeError) as error:
+        stored = json.loads(path.read_text())
+        return EarlyExit(ExitRule.parse(str(stored["rule"])), stored.get("missing", "recompute"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{str(path)!r} is not a calibration ({error}); make it again with `looplm calibrate`"
         ) from None
@@ -120,8 +126,27 @@ def fewest_sequences(*, max_loss: float, confidence: float) -> int:
     return math.ceil(math.log(1 - confidence) / math.log1p(-max_loss))
 
 
-class Trials:
-    """Fresh permutation sequences, an equal number of each length, with their answers and what full depth says."""
+class Trials(ABC):
+    """Held-out questions, with what full depth makes of them."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.full, self.full_loops = self._right(ExitRule("latent", 0))
+
+    @abstractmethod
+    def _right(self, rule: ExitRule) -> tuple[torch.Tensor, float]:
+        """Whether each question is answered right (n,), and loops per token."""
+
+    def run(self, rule: ExitRule) -> Trial:
+        """The rule on all questions."""
+        right, mean_loops = self._right(rule)
+        n_broken = int((self.full & ~right).sum())
+        exact, full = Score(int(right.sum()), self.n), Score(int(self.full.sum()), self.n)
+        return Trial(rule, exact, full, n_broken, mean_loops, self.full_loops)
+
+
+class SequenceTrials(Trials):
+    """Fresh permutation sequences, an equal number of each length, right where all positions are."""
 
     def __init__(
         self,
@@ -146,18 +171,9 @@ class Trials:
             self.ids.append(torch.from_numpy(ids[0]))
             self.answers.append(torch.from_numpy(answers[0, 1:]))
             self.n_loops.append(loops_for(loops, length))
-        self.full, self.full_loops = self._right(ExitRule("latent", 0))
-
-    def run(self, rule: ExitRule) -> Trial:
-        """The rule on all sequences."""
-        right, mean_loops = self._right(rule)
-        n = len(right)
-        n_broken = int((self.full & ~right).sum())
-        exact, full = Score(int(right.sum()), n), Score(int(self.full.sum()), n)
-        return Trial(rule, exact, full, n_broken, mean_loops, self.full_loops)
+        super().__init__(n_sequences)
 
     def _right(self, rule: ExitRule) -> tuple[torch.Tensor, float]:
-        """Whether each sequence is right at every position, and loops per token."""
         scored = score_sequences(
             self.model,
             self.ids,
@@ -173,6 +189,36 @@ class Trials:
         return torch.tensor(right), mean_depth(scored)
 
 
+class QuestionTrials(Trials):
+    """Held-out questions of the reasoning suite, as many of each task as of any other, give or take one, answered
+    greedily."""
+
+    def __init__(
+        self,
+        reasoner: Reasoner,
+        *,
+        n: int,
+        seed: int,
+        n_loops: int | None = None,
+        missing: Missing = "recompute",
+        on_progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.reasoner, self.n_loops, self.missing, self.on_progress = reasoner, n_loops, missing, on_progress
+        per_task = -(-n // len(REASONING))
+        drawn = held_out_questions(per_task, seed=seed)
+        self.questions = [
+            drawn[task * per_task + number] for number in range(per_task) for task in range(len(REASONING))
+        ][:n]
+        super().__init__(n)
+
+    def _right(self, rule: ExitRule) -> tuple[torch.Tensor, float]:
+        early = EarlyExit(rule, self.missing) if rule.threshold else None
+        result = evaluate(
+            self.reasoner, self.questions, n_loops=self.n_loops, early=early, on_progress=self.on_progress
+        )
+        return torch.tensor(result.right), result.mean_loops
+
+
 def calibrate(trials: Trials, *, kind: RuleKind, max_loss: float, confidence: float) -> tuple[list[Trial], Trial]:
     """All that was tried, strictest first, and the loosest rule of `kind` that keeps the promise.
 
@@ -180,9 +226,9 @@ def calibrate(trials: Trials, *, kind: RuleKind, max_loss: float, confidence: fl
         ConfigError: too few sequences for the promise, or even the strictest threshold breaks it.
     """
     needed = fewest_sequences(max_loss=max_loss, confidence=confidence)
-    if len(trials.ids) < needed:
+    if trials.n < needed:
         raise ConfigError(
-            f"{len(trials.ids)} sequences cannot show a loss of at most {max_loss:g} with confidence {confidence:g}; "
+            f"{trials.n} questions cannot show a loss of at most {max_loss:g} with confidence {confidence:g}; "
             f"give --n {needed} or more"
         )
     tried: list[Trial] = []
@@ -194,25 +240,23 @@ def calibrate(trials: Trials, *, kind: RuleKind, max_loss: float, confidence: fl
     if not kept:
         first = tried[0]
         raise ConfigError(
-            f"even {first.rule} breaks {first.n_broken} of {first.exact.n} sequences: no {kind} rule keeps the loss "
+            f"even {first.rule} breaks {first.n_broken} of {first.exact.n} answers: no {kind} rule keeps the loss "
             f"within {max_loss:g}; give more loops, another --rule or a larger --max-loss"
         )
     return tried, kept[-1]
 
 
-def as_calibration(
-    trial: Trial, *, max_loss: float, confidence: float, lengths: Sequence[int], loops: str
-) -> Calibration:
+def as_calibration(trial: Trial, *, max_loss: float, confidence: float, missing: Missing, asked: str) -> Calibration:
     """What is stored of the chosen trial."""
     return Calibration(
         rule=str(trial.rule),
+        missing=missing,
         max_loss=max_loss,
         confidence=confidence,
         bound=trial.bound(confidence),
         n=trial.exact.n,
         n_broken=trial.n_broken,
-        lengths=list(lengths),
-        loops=loops,
+        asked=asked,
         mean_loops=trial.mean_loops,
         full_loops=trial.full_loops,
     )

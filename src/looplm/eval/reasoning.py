@@ -11,6 +11,7 @@ from looplm.data.tasks import REASONING
 from looplm.data.tasks.example import Example, is_test_question
 from looplm.errors import CheckpointError, DataError
 from looplm.eval.interval import Score
+from looplm.infer.decoders import EarlyExit
 from looplm.infer.reasoner import MAX_NEW_TOKENS, Reasoner, Reply
 from looplm.model.loop.plan import LoopPlan
 
@@ -36,6 +37,10 @@ class Result:
     n_loops: int
     scores: dict[str, Score]
     mistakes: list[dict[str, str]] = field(default_factory=list)
+    right: list[bool] = field(default_factory=list)
+    """Of each question, in their order."""
+    mean_loops: float = 0.0
+    """Loops per generated token."""
 
     @property
     def mean_accuracy(self) -> float:
@@ -101,9 +106,10 @@ def evaluate(
     questions: Sequence[Question],
     *,
     n_loops: int | None = None,
+    early: EarlyExit | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Result:
-    """Score all questions; `on_progress` hears how many more are done."""
+    """Score all questions, with the exits of `early` if given; `on_progress` hears how many more are done."""
     loops = LoopPlan(reasoner.model.config.n_loops if n_loops is None else n_loops).n_loops
     longest = _check_lengths(reasoner, questions)
     batch_size = _batch_size(reasoner, n_loops=loops, n_tokens=longest + MAX_NEW_TOKENS)
@@ -111,24 +117,28 @@ def evaluate(
     total: dict[str, int] = {}
     n_formed = 0
     mistakes = []
+    is_right = [False] * len(questions)
+    depths: list[int] = []
     # similar lengths together: a batch runs as long as its longest answer
     order = sorted(range(len(questions)), key=lambda index: (questions[index].task, len(questions[index].question)))
     for start in range(0, len(order), batch_size):
-        part = [questions[index] for index in order[start : start + batch_size]]
-        replies = reasoner.answer([question.question for question in part], n_loops=loops)
-        for question, reply in zip(part, replies, strict=True):
-            is_right = reply.completion.answer == question.answer
+        part = order[start : start + batch_size]
+        replies = reasoner.answer([questions[index].question for index in part], n_loops=loops, early=early)
+        for index, reply in zip(part, replies, strict=True):
+            question = questions[index]
+            is_right[index] = reply.completion.answer == question.answer
             total[question.task] = total.get(question.task, 0) + 1
-            right[question.task] = right.get(question.task, 0) + is_right
+            right[question.task] = right.get(question.task, 0) + is_right[index]
             n_formed += reply.completion.well_formed
-            if not is_right:
+            depths += reply.generation.depths
+            if not is_right[index]:
                 mistakes.append(_mistake(question, reply))
         if on_progress is not None:
             on_progress(len(part))
     tasks = list(dict.fromkeys(question.task for question in questions))
     scores = {task: Score(right[task], total[task]) for task in tasks}
     scores[FORMAT_TASK] = Score(n_formed, len(questions))
-    return Result(loops, scores, mistakes)
+    return Result(loops, scores, mistakes, is_right, sum(depths) / max(1, len(depths)))
 
 
 def _question(record: dict[str, object]) -> Question:

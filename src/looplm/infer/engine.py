@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from looplm.errors import DataError
+from looplm.infer.decoders import EarlyExit, FullDepth, StopsEarly
 from looplm.infer.sampling import Sampler, SamplingConfig
-from looplm.model.cache import KVCache
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import LoopedLM
 
@@ -26,6 +26,8 @@ class Generation:
     ids: list[int]
     """New tokens, EOS included."""
     stopped_by: Literal["eos", "length"]
+    depths: list[int]
+    """Loops run for each of them."""
 
 
 OnToken = Callable[[int, int], None]  # (number of the prompt, token id)
@@ -39,35 +41,40 @@ def generate(
     eos_id: int,
     max_new_tokens: int,
     n_loops: int | None = None,
+    early: EarlyExit | None = None,
     sampling: SamplingConfig | None = None,
     on_token: OnToken | None = None,
 ) -> list[Generation]:
     """Continue every prompt until EOS, `max_new_tokens` or the model's seq_len. Greedy unless `sampling` is given.
+    With `early`, `n_loops` is the most that a token runs.
 
     A model whose decoding is compiled (`LoopedLM.compile_decoding`) keeps its shapes: finished rows stay in the batch,
     and the cache has one of a few capacities, all of which attention looks at.
     """
-    plan = LoopPlan(model.config.n_loops if n_loops is None else n_loops)
+    loops = LoopPlan(model.config.n_loops if n_loops is None else n_loops).n_loops
     check_prompts(prompts, model=model, max_new_tokens=max_new_tokens)
     device = model.embed.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     is_compiled = model.one_token is not None
-    capacity = int(lengths.max()) + max_new_tokens
-    if is_compiled:
-        capacity = max(MIN_CAPACITY, 2 ** (capacity - 1).bit_length())
-    capacity = min(capacity, model.config.seq_len)
-    cache = model.new_cache(batch_size=len(prompts), capacity=capacity, n_loops=plan.n_loops)
+    capacity = cache_capacity(model, int(lengths.max()), max_new_tokens)
+    decoder = (
+        FullDepth(model, batch_size=len(prompts), capacity=capacity, n_loops=loops)
+        if early is None
+        else StopsEarly(model, early, batch_size=len(prompts), capacity=capacity, n_loops=loops)
+    )
     sampler = Sampler(sampling or SamplingConfig(), n_rows=len(prompts))
     contexts = [list(prompt) for prompt in prompts]
     rows = list(range(len(prompts)))  # which prompt each row of the batch is
     active = rows
-    logits = prefill(model, prompts, lengths, plan=plan, cache=cache)
+    depths: list[list[int]] = [[] for _ in prompts]
+    logits = decoder.prefill(prompts)
     for n_new in range(1, max_new_tokens + 1):
         chosen = sampler.choose(logits, rows=rows, contexts=[contexts[row] for row in rows])
         still_open = set(active)
-        for row, token in zip(rows, chosen, strict=True):
+        for row, token, depth in zip(rows, chosen, decoder.depths, strict=True):
             if row in still_open:
                 contexts[row].append(token)
+                depths[row].append(depth)
                 if on_token is not None:
                     on_token(row, token)
         active = [row for row in active if contexts[row][-1] != eos_id and len(contexts[row]) < model.config.seq_len]
@@ -77,41 +84,25 @@ def generate(
         if len(active) < SHRINK_BELOW * len(rows) and not is_compiled:
             still_open = set(active)
             kept = torch.tensor([index for index, row in enumerate(rows) if row in still_open], device=device)
-            cache.keep_rows(kept)
+            decoder.keep_rows(kept)
             tokens, lengths, rows = tokens[kept], lengths[kept], active
         n_keys = capacity if is_compiled else max(len(contexts[row]) for row in active)
         before = previous_ids([contexts[row][:-1] for row in rows], n_back=model.n_back).to(device)
         # finished rows that still sit in the batch write over their last place: harmless, nobody reads them
-        positions = lengths.clamp(max=capacity - 1)[:, None]
-        hidden = model.hidden(
-            tokens[:, None], plan=plan, cache=cache, positions=positions, n_keys=n_keys, before=before
-        )
-        logits = next_token_logits(model, hidden[:, -1])
+        logits = decoder.step(tokens, lengths.clamp(max=capacity - 1), n_keys=n_keys, before=before)
         lengths = lengths + 1
-    return [_generation(contexts[row][len(prompts[row]) :], eos_id) for row in range(len(prompts))]
+    return [
+        _generation(context[len(prompt) :], depth, eos_id=eos_id)
+        for context, prompt, depth in zip(contexts, prompts, depths, strict=True)
+    ]
 
 
-def prefill(
-    model: LoopedLM, prompts: Sequence[Sequence[int]], lengths: Tensor, *, plan: LoopPlan, cache: KVCache
-) -> Tensor:
-    """Run all prompts into an empty cache; logits (B, V) after the last token of each.
-
-    Short prompts are padded on the right. The padding's keys lie beyond the row's length, where no query looks before
-    decoding has overwritten them.
-    """
-    n_rows, longest = len(prompts), max(map(len, prompts))
-    ids = torch.zeros(n_rows, longest, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(list(prompt))
-    device = lengths.device
-    positions = torch.arange(longest, device=device).expand(n_rows, longest)
-    hidden = model.hidden(ids.to(device), plan=plan, cache=cache, positions=positions, n_keys=longest)
-    return next_token_logits(model, hidden[torch.arange(n_rows, device=device), lengths - 1])
-
-
-def next_token_logits(model: LoopedLM, hidden: Tensor) -> Tensor:
-    """Logits (B, n_targets) for hidden states (B, D): of the ids that may be sampled."""
-    return model.logits(hidden)[:, : model.config.n_targets]
+def cache_capacity(model: LoopedLM, n_prompt: int, max_new_tokens: int) -> int:
+    """Places of a cache for a prompt of n_prompt tokens and what follows: one of a few for a compiled model."""
+    capacity = n_prompt + max_new_tokens
+    if model.one_token is not None:
+        capacity = max(MIN_CAPACITY, 2 ** (capacity - 1).bit_length())
+    return min(capacity, model.config.seq_len)
 
 
 def previous_ids(contexts: Sequence[Sequence[int]], *, n_back: int) -> Tensor:
@@ -136,5 +127,5 @@ def check_prompts(prompts: Sequence[Sequence[int]], *, model: LoopedLM, max_new_
             )
 
 
-def _generation(ids: list[int], eos_id: int) -> Generation:
-    return Generation(ids, "eos" if ids and ids[-1] == eos_id else "length")
+def _generation(ids: list[int], depths: list[int], *, eos_id: int) -> Generation:
+    return Generation(ids, "eos" if ids and ids[-1] == eos_id else "length", depths)

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from looplm.data.tasks.example import Completion, parse_completion, render_prompt
 from looplm.data.tokenizer import EOS_ID, reasoning_tokenizer
-from looplm.errors import DataError
+from looplm.errors import ConfigError, DataError
+from looplm.infer.decoders import EarlyExit
 from looplm.infer.engine import Generation, OnToken, generate
 from looplm.infer.sampling import SamplingConfig
+from looplm.infer.speculate import Draft, speculate
 from looplm.model.looped import LoopedLM
 
 MAX_NEW_TOKENS = 320  # the longest worked solution of the suite has under 256
@@ -42,19 +45,26 @@ class Reasoner:
         *,
         n_loops: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        early: EarlyExit | None = None,
+        draft: Draft | None = None,
         sampling: SamplingConfig | None = None,
         on_token: OnToken | None = None,
     ) -> list[Reply]:
-        """Answer all questions as one batch."""
-        generations = generate(
-            self.model,
-            [self.prompt_ids(question) for question in questions],
-            eos_id=EOS_ID,
-            max_new_tokens=max_new_tokens,
-            n_loops=n_loops,
-            sampling=sampling,
-            on_token=on_token,
-        )
+        """Answer all questions as one batch; with `early`, tokens stop loops by its rule; with `draft`, one question
+        after another by self-speculation.
+
+        Raises:
+            ConfigError: `early` and `draft` were both given.
+        """
+        if draft is not None and early is not None:
+            raise ConfigError("exits and a draft were both given, and a draft is checked at full depth: give one")
+        prompts = [self.prompt_ids(question) for question in questions]
+        options: dict[str, Any] = {"eos_id": EOS_ID, "max_new_tokens": max_new_tokens, "n_loops": n_loops}
+        options |= {"sampling": sampling, "on_token": on_token}
+        if draft is not None:
+            generations = [told.generation for told in speculate(self.model, prompts, draft=draft, **options)]
+        else:
+            generations = generate(self.model, prompts, early=early, **options)
         texts = [self.tokenizer.decode(generation.ids, skip_special_tokens=False) for generation in generations]
         return [
             Reply(parse_completion(text), text, generation) for text, generation in zip(texts, generations, strict=True)

@@ -146,7 +146,7 @@ class GQA(nn.Module):
         if slot is not None:
             assert inputs.positions is not None
             slot.write(k, v, inputs.positions)
-            k, v = slot.keys[:, :, : inputs.n_keys].to(q.dtype), slot.values[:, :, : inputs.n_keys].to(q.dtype)
+            k, v = (kept.to(q.dtype) for kept in slot.read(inputs.n_keys))
         n_groups = self.config.n_heads // self.config.n_kv_heads
         if n_groups > 1:
             k, v = k.repeat_interleave(n_groups, dim=1), v.repeat_interleave(n_groups, dim=1)

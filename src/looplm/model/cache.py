@@ -27,10 +27,31 @@ class Slot:
 
     def write(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Store (B, H_kv, T, K) at positions (B, T), in place."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None, None]
+        rows = self._rows(positions)[:, None, None]
         for kept, new in ((self.keys, keys), (self.values, values)):
             heads = torch.arange(kept.shape[1], device=kept.device)[:, None]
             kept.index_put_((rows, heads, positions[:, None]), new.to(kept.dtype))  # compiled, a scatter copies it all
+
+    def read(self, n_keys: int | None) -> tuple[Tensor, Tensor]:
+        """Both tensors up to place n_keys."""
+        return self.keys[:, :, :n_keys], self.values[:, :, :n_keys]
+
+    def _rows(self, positions: Tensor) -> Tensor:
+        return torch.arange(len(positions), device=positions.device)
+
+
+@dataclass
+class SlotRows(Slot):
+    """Some rows of a slot, written in place; reading copies what is read."""
+
+    rows: Tensor  # (R,)
+
+    def read(self, n_keys: int | None) -> tuple[Tensor, Tensor]:
+        keys, values = super().read(n_keys)
+        return keys.index_select(0, self.rows), values.index_select(0, self.rows)
+
+    def _rows(self, positions: Tensor) -> Tensor:
+        return self.rows
 
 
 @dataclass

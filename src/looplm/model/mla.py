@@ -97,7 +97,7 @@ class MLA(nn.Module):
         if slot is not None:
             assert inputs.positions is not None
             slot.write(latent, key, inputs.positions)
-            latent, key = (kept[:, :, : inputs.n_keys].to(x.dtype) for kept in (slot.keys, slot.values))
+            latent, key = (kept.to(x.dtype) for kept in slot.read(inputs.n_keys))
             if self._absorbs(n_tokens=x.shape[1], n_keys=latent.shape[2]):
                 return self.o(self._absorbed(q_nope, q_rope, latent[:, 0], key[:, 0], inputs.masks[None]))
         q = torch.cat((q_nope, q_rope), dim=-1)  # (B, H, T, N + P)

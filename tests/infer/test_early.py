@@ -51,9 +51,9 @@ def recomputed_by_hand(model: LoopedLM, prompt: list[int], rule: ExitRule, *, n_
         for loop_idx in range(n_loops):
             state = stopped_at(states, [*depths, loop_idx + 1], n_prompt=len(prompt))
             hidden = model.leave(model.inject.read_out(state), inputs, None)
-            fires, kept = rule.fires(
-                states[loop_idx - 1][:, -1], states[loop_idx][:, -1], model.logits(hidden[:, -1]), kept
-            )
+            before, after = states[loop_idx - 1][:, -1], states[loop_idx][:, -1]
+            change = (after - before).norm(dim=-1) / after.norm(dim=-1)
+            fires, kept = rule.fires(change, model.logits(hidden[:, -1]), kept)
             if loop_idx and fires.item():
                 depth = loop_idx + 1
                 break

@@ -23,6 +23,7 @@ from looplm.eval.reasoning import FORMAT_TASK, as_reasoner, evaluate, held_out_q
 from looplm.eval.staircase import evaluate_staircase
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import LoopedLM
+from looplm.model.partial import relative_change
 
 BEYOND = 4  # times the trained depth
 N_BATCHES = 4  # for loss and states: rows of worked solutions, or sequences
@@ -186,7 +187,7 @@ def follow_states(model: LoopedLM, batches: Sequence[Batch], *, n_loops: int) ->
         scored = batch.targets != IGNORE
         kept = [state[scored].float() for state in states]
         norms.append([float(state.square().mean().sqrt()) for state in kept])
-        changes.append([float(((new - old).norm(dim=-1) / new.norm(dim=-1)).mean()) for old, new in pairwise(kept)])
+        changes.append([float(relative_change(old, new).mean()) for old, new in pairwise(kept)])
     n_loops = min(map(len, norms))
     mean_norms = np.mean([norm[:n_loops] for norm in norms], axis=0)
     mean_changes = [None, *np.mean([change[: n_loops - 1] for change in changes], axis=0)]

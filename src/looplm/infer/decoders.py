@@ -1,12 +1,12 @@
 """How a batch of texts goes on by a token: every loop for every token, or only those that an exit rule asks for.
 
-Shapes: B texts, T tokens, D width, V logits; R texts that still run loops, W tokens of each, J of them judged.
+Shapes: B texts, T tokens, D width; R texts that still run loops, W tokens of each, J of them judged.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -14,11 +14,11 @@ from torch import Tensor
 from looplm.config import did_you_mean
 from looplm.errors import ConfigError
 from looplm.infer.exits import ExitRule
-from looplm.model.cache import Behind, Slot, SlotRows
-from looplm.model.layer_inputs import LayerInputs
+from looplm.model.cache import Behind
 from looplm.model.loop.exit import check_last_state
 from looplm.model.loop.plan import LoopPlan
-from looplm.model.looped import LoopedLM
+from looplm.model.looped import CompiledParts, LoopedLM
+from looplm.model.partial import coda_slots, core_slots
 
 Missing = Literal["recompute", "last"]
 
@@ -97,12 +97,41 @@ class FullDepth:
         of_last = hidden[:, 0] if hidden.shape[1] == 1 else hidden[range(len(last)), last]
         return self.model.logits(of_last)[:, : self.model.config.n_targets]
 
-    def _slots(self, loop_idx: int) -> list[Slot]:
-        start = self.model.config.n_prelude + loop_idx * self.model.config.n_core
-        return self.cache.slots[start : start + self.model.config.n_core]
 
-    def _coda(self) -> list[Slot]:
-        return self.cache.slots[len(self.cache.slots) - self.model.config.n_coda :]
+class PartialDepth(FullDepth):
+    """A cached forward whose tokens need not run the same loops: it keeps of each what later loops need.
+
+    Raises:
+        ConfigError: the model has an exit of its own, or a backout, which reads the last loop's stream.
+    """
+
+    def __init__(self, model: LoopedLM, *, batch_size: int, capacity: int, n_loops: int) -> None:
+        check_last_state("running fewer loops needs", exit=model.exit, has_backout=model.backout is not None)
+        super().__init__(model, batch_size=batch_size, capacity=capacity, n_loops=n_loops)
+        self.capacity, weight = capacity, model.embed.weight
+        at = torch.arange(capacity + 1, device=weight.device).repeat(batch_size, 1)  # + 1: padding reads and writes it
+        first, entry, state = (weight.new_zeros(*at.shape, model.config.d_model) for _ in range(3))
+        self.tokens = Behind(torch.zeros_like(at), at, first, entry, state)
+
+    def keep_rows(self, rows: Tensor) -> None:
+        super().keep_rows(rows)
+        self.tokens = self.tokens.each(lambda tensor: tensor[rows])
+
+    def _parts(self, n_keys: int) -> LoopedLM | CompiledParts:
+        """What single tokens go through."""
+        model = self.model
+        return model if model.one_token is None or n_keys != self.capacity else model.one_token
+
+    def _hidden(self, at: Tensor, *, n_keys: int, rows: Tensor | None = None) -> Tensor:
+        """What coda and norm make of the states of the tokens at places (R, W) of the texts `rows` (R,), or of all."""
+        model = self.model
+        each = torch.arange(len(at), device=at.device) if rows is None else rows
+        if not model.config.n_coda:
+            return model.norm(model.inject.read_out(self.tokens.state[each[:, None], at]))
+        here = self.tokens.each(lambda tensor: tensor[each[:, None], at])
+        inputs = model.inputs(here.ids, positions=at, n_keys=n_keys)
+        inputs.first = here.first
+        return model.leave(model.inject.read_out(here.state), inputs, coda_slots(model, self.cache, rows=rows))
 
 
 @dataclass
@@ -113,115 +142,74 @@ class _Call:
     running: dict[int, list[int]]  # those that have not stopped; where all wait for one to stop, that one first
     kept: Tensor  # (B, T + 1, n) what the rule remembers; the last one is scratch
 
-    @property
-    def n_running(self) -> int:
-        return sum(map(len, self.running.values()))
 
-
-class StopsEarly(FullDepth):
+class StopsEarly(PartialDepth):
     """The cached forward, each token up to the loop at which its rule fires. Texts that have stopped are not computed
-    while others run on, and none depends on what its batch mates do. Exits begin with the second loop.
-
-    Raises:
-        ConfigError: the model has an exit of its own, or a backout, which reads the last loop's stream.
-    """
+    while others run on, and none depends on what its batch mates do. Exits begin with the second loop."""
 
     def __init__(self, model: LoopedLM, early: EarlyExit, *, batch_size: int, capacity: int, n_loops: int) -> None:
-        check_last_state("an exit rule needs", exit=model.exit, has_backout=model.backout is not None)
         super().__init__(model, batch_size=batch_size, capacity=capacity, n_loops=n_loops)
-        self.rule, self.recomputes, self.capacity = early.rule, early.missing == "recompute", capacity
-        weight = model.embed.weight
-        at = torch.arange(capacity + 1, device=weight.device).repeat(batch_size, 1)  # + 1: padding reads and writes it
-        first, entry, state = (weight.new_zeros(*at.shape, model.config.d_model) for _ in range(3))
-        self.tokens = Behind(torch.zeros_like(at), at, first, entry, state)
+        self.rule, self.recomputes = early.rule, early.missing == "recompute"
+        self.n_kept = self.rule.n_kept(model.config.d_head_out)
         self.late: list[dict[int, list[int]]] = [{} for _ in range(batch_size)]
         """Of each text, the places of tokens that stopped, by the loop that they run next."""
 
     def keep_rows(self, rows: Tensor) -> None:
         super().keep_rows(rows)
-        self.tokens = self.tokens.each(lambda tensor: tensor[rows])
         self.late = [self.late[row] for row in rows.tolist()]
 
     def _advance(
         self, ids: Tensor, positions: Tensor, last: list[int], *, n_keys: int, before: Tensor | None
     ) -> Tensor:
-        model, n_loops, n_tokens = self.model, self.plan.n_loops, sum(last) + len(last)
-        is_compiled = model.one_token is not None and ids.shape[1] == 1 and n_keys == self.capacity
-        parts = model.one_token if model.one_token is not None and is_compiled else model
-        slots, coda = self.cache.slots[: model.config.n_prelude], self._coda()
-        x, inputs = parts.enter(
-            ids, slots, positions=positions, n_keys=n_keys, documents=None, before=before, asides=None
-        )
-        entry, rows = model.inject.prepare(x), torch.arange(len(ids), device=ids.device)[:, None]
-        call = self._call(positions, last)
-        state: Tensor | None = None  # of all tokens, for as long as they all run, and no earlier ones beside them
-        is_whole = True
-        for loop_idx in range(n_loops):
-            late = {text: self.late[text].pop(loop_idx, []) for text in call.running}
-            if is_whole and (call.n_running < n_tokens or any(late.values())):
-                is_whole = False
-                self._store(rows, inputs, entry, state)
-            if is_whole:
-                number, old = torch.full_like(inputs.loop_idx, loop_idx), state
-                state, _ = parts.loop_and_exit(old, entry, number, inputs, self._slots(loop_idx), None, is_last=False)
-                if loop_idx < n_loops - 1 and (old is not None or call.kept.shape[-1]):
-                    columns = torch.tensor(self._judged(call), device=ids.device).clamp(max=ids.shape[1] - 1)
-                    hidden = self._hidden(state, inputs, coda)
-                    self._judge(call, loop_idx, state if old is None else old, state, columns=columns, hidden=hidden)
-            else:
-                self._run_some(call, loop_idx, late, n_keys=n_keys)
-            if not call.running:
-                break
-        if is_whole:
-            self._store(rows, inputs, entry, state)
-        for text in call.running:
-            self.depths[text] = n_loops
-        states = self.tokens.state[rows, positions]
-        return self._logits(parts.leave(model.inject.read_out(states), inputs, coda), last)
-
-    def _call(self, positions: Tensor, last: list[int]) -> _Call:
-        n_rows, n_tokens = positions.shape
-        n_kept = self.rule.n_kept(self.model.config.d_head_out)
-        kept = torch.full((n_rows, n_tokens + 1, n_kept), torch.nan, device=positions.device)
+        model, n_loops, n_tokens = self.model, self.plan.n_loops, ids.shape[1]
+        parts = self._parts(n_keys) if n_tokens == 1 else model
+        n_run = min(n_loops, 1 if self.n_kept else 2)  # what is remembered of the first loop is compared in the second
+        where: dict[str, Any] = {"cache": self.cache, "tokens": self.tokens, "n_keys": n_keys}
+        change, hidden = parts.begin(ids, n_loops=n_run, positions=positions, before=before, **where)
         running = {text: list(range(end + 1)) for text, end in enumerate(last)}
         if self.recomputes:
             running = {text: numbers[::-1] for text, numbers in running.items()}
-        return _Call(positions.tolist(), running, kept)
+        kept = torch.full((len(ids), n_tokens + 1, self.n_kept), torch.nan, device=ids.device)
+        call = _Call(positions.tolist(), running, kept)
+        columns = torch.tensor(self._judged(call), device=ids.device).clamp(max=n_tokens - 1)
+        if n_run < n_loops:
+            if hidden is None and self.rule.reads_logits:
+                hidden = self._hidden(positions, n_keys=n_keys)
+            self._judge(call, change, hidden, columns, n_run=n_run)
+        is_over = not call.running or n_run == n_loops
+        while call.running and n_run < n_loops:
+            self._one_loop(call, loop_idx=n_run, parts=parts, where=where)
+            n_run += 1
+        for text in call.running:
+            self.depths[text] = n_loops
+        if hidden is None or not is_over:
+            hidden = self._hidden(positions, n_keys=n_keys)
+        return self._logits(hidden, last)
 
-    def _run_some(self, call: _Call, loop_idx: int, late: dict[int, list[int]], *, n_keys: int) -> None:
-        """One loop for the tokens that run, and beside them for the late ones of their texts."""
-        model, texts = self.model, list(call.running)
-        places = [[call.at[text][number] for number in call.running[text]] + late[text] for text in texts]
-        width, device = max(map(len, places)), call.kept.device
+    def _one_loop(self, call: _Call, *, loop_idx: int, parts: LoopedLM | CompiledParts, where: dict[str, Any]) -> None:
+        """The next loop for the tokens that run, and beside them for the late ones of their texts."""
+        texts, device = list(call.running), call.kept.device
+        late = [self.late[text].pop(loop_idx, []) for text in texts]
+        places = [
+            [call.at[text][number] for number in call.running[text]] + others
+            for text, others in zip(texts, late, strict=True)
+        ]
+        width = max(map(len, places))
         at = torch.tensor([each + [self.capacity] * (width - len(each)) for each in places], device=device)
-        rows = torch.tensor(texts, device=device)
-        here = self.tokens.each(lambda tensor: tensor[rows[:, None], at])
-        inputs = model.inputs(here.ids, positions=at, n_keys=n_keys)
-        inputs.first, number = here.first, torch.full_like(inputs.loop_idx, loop_idx)
-        slots: Sequence[Slot] = self._slots(loop_idx)
-        coda: Sequence[Slot] = self._coda()
-        if len(texts) < len(self.late):
-            slots, coda = ([SlotRows(slot.keys, slot.values, rows) for slot in part] for part in (slots, coda))
-        state, _ = model.one_loop(here.state, here.entry, number, inputs, slots)
-        self.tokens.state[rows[:, None], at] = state
+        rows = None if len(texts) == len(self.late) else torch.tensor(texts, device=device)
+        parts = self.model if width > 1 or rows is not None else parts
+        change, hidden = parts.go_on(at, first=loop_idx, n_loops=loop_idx + 1, rows=rows, **where)
         if loop_idx == self.plan.n_loops - 1:
             return
-        for text in texts:
-            self._leave_behind(text, late[text], loop_idx + 1)
-        n_running = max(map(len, call.running.values()))
-        if self.rule.reads_logits and any(late.values()):  # the coda keeps what late tokens had as they stopped
-            lengths = torch.tensor([[len(call.running[text])] for text in texts], device=device)
-            is_running = torch.arange(n_running, device=device) < lengths
-            at = torch.where(is_running, at[:, :n_running], self.capacity)
-            inputs = model.inputs(here.ids[:, :n_running], positions=at, n_keys=n_keys)
-            inputs.first = here.first[:, :n_running]
+        for text, others in zip(texts, late, strict=True):
+            self._leave_behind(text, others, loop_idx + 1)
+        if hidden is None and self.rule.reads_logits:  # the coda keeps what late tokens had as they stopped
+            lengths = torch.tensor([[len(numbers)] for numbers in call.running.values()], device=device)
+            is_running = torch.arange(int(lengths.max()), device=device) < lengths
+            at = torch.where(is_running, at[:, : is_running.shape[1]], self.capacity)
+            hidden = self._hidden(at, n_keys=where["n_keys"], rows=rows)
         columns = torch.arange(len(self._judged(call)[0]), device=device).expand(len(texts), -1)
-        hidden = self._hidden(state[:, : inputs.ids.shape[1]], inputs, coda)
-        self._judge(call, loop_idx, here.state, state, columns=columns, hidden=hidden)
-
-    def _hidden(self, state: Tensor, inputs: LayerInputs, coda: Sequence[Slot]) -> Tensor | None:
-        """What the rule's logits are made of, if it reads them."""
-        return self.model.leave(self.model.inject.read_out(state), inputs, coda) if self.rule.reads_logits else None
+        self._judge(call, change, hidden, columns, n_run=loop_idx + 1)
 
     def _judged(self, call: _Call) -> list[list[int]]:
         """Numbers of the tokens that the rule looks at, a row per running text, padded with T."""
@@ -229,28 +217,21 @@ class StopsEarly(FullDepth):
         scratch = call.kept.shape[1] - 1
         return [numbers[:n_judged] + [scratch] * (n_judged - len(numbers)) for numbers in call.running.values()]
 
-    def _judge(
-        self,
-        call: _Call,
-        loop_idx: int,
-        before: Tensor,
-        after: Tensor,
-        *,
-        columns: Tensor,
-        hidden: Tensor | None,
-    ) -> None:
-        """Let tokens stop. States (R, W, D) of the running texts before and after the loop, and what is made of the
-        latter; those to be judged are at `columns` (R, J)."""
-        texts, numbers = list(call.running), self._judged(call)
-        device, row = after.device, torch.arange(len(texts), device=after.device)[:, None]
-        logits = None if hidden is None else self.model.logits(hidden[row, columns]).flatten(0, 1)
-        at = torch.tensor(texts, device=device)[:, None], torch.tensor(numbers, device=device)
+    def _judge(self, call: _Call, change: Tensor, hidden: Tensor | None, columns: Tensor, *, n_run: int) -> None:
+        """Let tokens stop, `n_run` loops run: the change of state (R, W) and hidden states (R, W, D) of the running
+        texts; those of the tokens to be judged are at `columns` (R, J)."""
+        texts, device = list(call.running), change.device
+        change = change.gather(1, columns).flatten()
+        logits = None
+        if self.rule.reads_logits:
+            assert hidden is not None
+            row = torch.arange(len(texts), device=device)[:, None]
+            logits = self.model.logits(hidden[row, columns]).flatten(0, 1)
+        at = torch.tensor(texts, device=device)[:, None], torch.tensor(self._judged(call), device=device)
         kept = call.kept[at]
-        fires, new = self.rule.fires(
-            before[row, columns].flatten(0, 1), after[row, columns].flatten(0, 1), logits, kept.flatten(0, 1)
-        )
+        fires, new = self.rule.fires(change, logits, kept.flatten(0, 1))
         call.kept[at] = new.view_as(kept)
-        if loop_idx == 0:  # remembered, and compared with from the next loop on
+        if n_run == 1:
             return
         stopped: list[tuple[int, int]] = []
         for text, fired in zip(texts, fires.view(len(texts), -1).tolist(), strict=True):
@@ -263,28 +244,21 @@ class StopsEarly(FullDepth):
             call.running[text] = running[n_stop:]
             if not call.running[text]:
                 del call.running[text]
-                self.depths[text] = loop_idx + 1
+                self.depths[text] = n_run
             if self.recomputes:
-                self._leave_behind(text, places, loop_idx + 1)
+                self._leave_behind(text, places, n_run)
         if stopped and not self.recomputes:
-            self._repeat_keys(stopped, loop_idx)
+            self._repeat_keys(stopped, n_run)
 
     def _leave_behind(self, text: int, places: list[int], loop_idx: int) -> None:
         if places:
             self.late[text].setdefault(loop_idx, []).extend(places)
 
-    def _repeat_keys(self, stopped: list[tuple[int, int]], loop_idx: int) -> None:
-        """What tokens (text, place) have in the slots of loop `loop_idx`, in those of all later loops too."""
+    def _repeat_keys(self, stopped: list[tuple[int, int]], n_run: int) -> None:
+        """What tokens (text, place) have in the slots of their last loop, in those of all later ones too."""
         rows, places = torch.tensor(stopped, device=self.tokens.ids.device).T
-        for later in range(loop_idx + 1, self.plan.n_loops):
-            for old, new in zip(self._slots(loop_idx), self._slots(later), strict=True):
+        for later in range(n_run, self.plan.n_loops):
+            old_and_new = (core_slots(self.model, self.cache, loop_idx) for loop_idx in (n_run - 1, later))
+            for old, new in zip(*old_and_new, strict=True):
                 new.keys[rows, :, places] = old.keys[rows, :, places]
                 new.values[rows, :, places] = old.values[rows, :, places]
-
-    def _store(self, rows: Tensor, inputs: LayerInputs, entry: Tensor, state: Tensor | None) -> None:
-        """The new tokens as they stand."""
-        assert inputs.first is not None
-        assert inputs.positions is not None
-        assert state is not None
-        tokens, at = self.tokens, (rows, inputs.positions)
-        tokens.ids[at], tokens.first[at], tokens.entry[at], tokens.state[at] = inputs.ids, inputs.first, entry, state

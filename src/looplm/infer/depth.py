@@ -24,6 +24,7 @@ from looplm.model.layer_inputs import LayerInputs
 from looplm.model.loop.exit import check_last_state
 from looplm.model.loop.inject import LTIInjectConfig
 from looplm.model.looped import LoopedLM
+from looplm.model.partial import relative_change
 
 SHRINK_BELOW = 0.75  # of the rows in use, once nothing waits: leaving out rows copies what the others keep
 
@@ -216,7 +217,8 @@ class _DepthBatch:
         if self.rule.reads_logits:
             _, slots = self._slots(cache)
             logits = model.logits(model.leave(model.inject.read_out(after), inputs, slots)).flatten(0, 1)
-        fires, new = self.rule.fires(before.flatten(0, 1), after.flatten(0, 1), logits, kept.flatten(0, 1))
+        change = relative_change(before, after).flatten()
+        fires, new = self.rule.fires(change, logits, kept.flatten(0, 1))
         return fires.unflatten(0, kept.shape[:2]), new.unflatten(0, kept.shape[:2])
 
     def _new_cache(self, batch_size: int) -> KVCache:

@@ -65,11 +65,10 @@ class ExitRule:
         """Numbers remembered of a token from loop to loop: its distribution, or the likeliest output and its age."""
         return {"latent": 0, "entropy": 0, "kl": n_logits, "stable": 2}[self.kind]
 
-    def fires(self, before: Tensor, after: Tensor, logits: Tensor | None, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether each token stops (N,), and what is remembered of it (N, n_kept). `before` and `after` (N, D) are its
-        state before and after a loop, `logits` (N, V) those after it; `kept` is NaN at first."""
+    def fires(self, change: Tensor, logits: Tensor | None, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each token stops (N,), and what is remembered of it (N, n_kept). `change` (N,) is the relative change
+        of its state by a loop, `logits` (N, V) those after it; `kept` is NaN at first."""
         if self.kind == "latent":
-            change = (after - before).float().norm(dim=-1) / after.float().norm(dim=-1).clamp(min=1e-12)
             return change < self.threshold, kept
         assert logits is not None
         log_p = logits.float().log_softmax(-1)

@@ -9,16 +9,15 @@ Source of the idea: LoopSpec and WaveFront (2026), spec loops, 5.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from looplm.errors import ConfigError
-from looplm.infer.decoders import FullDepth
+from looplm.infer.decoders import PartialDepth
 from looplm.infer.engine import Generation, OnToken, cache_capacity, check_prompts, previous_ids
 from looplm.infer.sampling import Sampler, SamplingConfig
-from looplm.model.cache import Behind, join, left_behind
-from looplm.model.loop.exit import check_last_state
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import LoopedLM
 
@@ -29,7 +28,7 @@ class Draft:
 
     n_loops: int
     """Loops per drafted token, fewer than the model's."""
-    n_tokens: int = 8
+    n_tokens: int = 12
     """Tokens drafted before they are checked."""
 
     def __post_init__(self) -> None:
@@ -70,7 +69,6 @@ def speculate(
     loops = LoopPlan(model.config.n_loops if n_loops is None else n_loops).n_loops
     if draft.n_loops >= loops:
         raise ConfigError(f"a draft of {draft.n_loops} loops leaves none of {loops} to run; give it fewer")
-    check_last_state("drafting with few loops needs", exit=model.exit, has_backout=model.backout is not None)
     check_prompts(prompts, model=model, max_new_tokens=max_new_tokens)
     sampler = Sampler(sampling or SamplingConfig(), n_rows=len(prompts))
     told = []
@@ -100,55 +98,30 @@ def speculate(
     return told
 
 
-class _Drafting(FullDepth):
+class _Drafting(PartialDepth):
     """One text whose newest tokens have run the draft's loops alone."""
 
     def __init__(self, model: LoopedLM, draft: Draft, *, capacity: int, n_loops: int) -> None:
         super().__init__(model, batch_size=1, capacity=capacity, n_loops=n_loops)
-        self.draft, self.capacity = draft, capacity
+        self.draft = draft
 
     def round(self, context: Sequence[int], *, n_tokens: int) -> tuple[list[int], Tensor]:
         """Guesses at the next `n_tokens`, and the full-depth logits (n_tokens, n_targets) that each is to be held
         against. The newest token of `context` has not run."""
+        model, n_done, device = self.model, len(context) - 1, self.tokens.ids.device
+        n_keys = len(context) + n_tokens if model.one_token is None else self.capacity
+        parts = self._parts(n_keys)
+        where: dict[str, Any] = {"cache": self.cache, "tokens": self.tokens, "n_keys": n_keys}
+        places = torch.arange(n_done, n_done + n_tokens, device=device)[None]
         guesses: list[int] = []
-        held: list[Behind] = []
-        for _ in range(n_tokens):
-            logits, behind = self._draft([*context, *guesses])
-            held.append(behind)
-            guesses.append(int(logits.argmax()))
-        return guesses, self._finish(join(held, scratch=self.capacity))
-
-    def _draft(self, context: Sequence[int]) -> tuple[Tensor, Behind]:
-        """The newest token of `context` through the draft's loops."""
-        model, device = self.model, self.cache.slots[0].keys.device
-        is_compiled = model.one_token is not None
-        parts = model if model.one_token is None else model.one_token
-        ids, position = torch.tensor([[context[-1]]], device=device), len(context) - 1
-        x, inputs = parts.enter(
-            ids,
-            self.cache.slots[: model.config.n_prelude],
-            positions=torch.tensor([[position]], device=device),
-            n_keys=self.capacity if is_compiled else len(context),
-            documents=None,
-            before=previous_ids([context[:-1]], n_back=model.n_back).to(device),
-            asides=None,
-        )
-        entry, state = model.inject.prepare(x), None
-        for loop_idx in range(self.draft.n_loops):
-            number = torch.full_like(inputs.loop_idx, loop_idx)
-            state, _ = parts.loop_and_exit(state, entry, number, inputs, self._slots(loop_idx), None, is_last=False)
-        assert state is not None
-        hidden = parts.leave(model.inject.read_out(state), inputs, self._coda())
-        return self._logits(hidden, [0]), left_behind(inputs, entry, state)
-
-    def _finish(self, tokens: Behind) -> Tensor:
-        """Run the loops left out; logits (W, n_targets) of the drafted tokens."""
-        model, state = self.model, tokens.state
-        n_keys = int(tokens.positions.max()) + 1
-        inputs = model.inputs(tokens.ids, positions=tokens.positions, n_keys=n_keys)
-        inputs.first = tokens.first
-        for loop_idx in range(self.draft.n_loops, self.plan.n_loops):
-            number = torch.full_like(inputs.loop_idx, loop_idx)
-            state, _ = model.one_loop(state, tokens.entry, number, inputs, self._slots(loop_idx))
-        hidden = model.leave(model.inject.read_out(state), inputs, self._coda())
-        return model.logits(hidden[0])[:, : model.config.n_targets]
+        for number in range(n_tokens):
+            ids, at = [*context, *guesses], places[:, number : number + 1]
+            before = previous_ids([ids[:-1]], n_back=model.n_back).to(device)
+            newest = torch.tensor([ids[-1:]], device=device)
+            _, hidden = parts.begin(newest, n_loops=self.draft.n_loops, positions=at, before=before, **where)
+            hidden = self._hidden(at, n_keys=n_keys) if hidden is None else hidden
+            guesses.append(int(self._logits(hidden, [0]).argmax()))
+        parts = parts if n_tokens == self.draft.n_tokens else model  # compiled for one number of tokens
+        _, hidden = parts.go_on(places, first=self.draft.n_loops, n_loops=self.plan.n_loops, **where)
+        hidden = self._hidden(places, n_keys=n_keys) if hidden is None else hidden
+        return guesses, model.logits(hidden[0])[:, : model.config.n_targets]

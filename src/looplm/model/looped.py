@@ -29,6 +29,7 @@ from looplm.model.loop.plan import LoopPlan
 from looplm.model.loop.rows import run_rows
 from looplm.model.moe import MoEConfig
 from looplm.model.norm import RMSNorm
+from looplm.model.partial import begin, go_on
 from looplm.model.smear import SmearConfig, make_smear
 
 BACKOUT_INIT = 0.2  # nanochat's
@@ -138,6 +139,8 @@ class CompiledParts:
     enter: Callable[..., tuple[Tensor, LayerInputs]]
     loop_and_exit: Callable[..., tuple[Tensor, Asides | None]]
     leave: Callable[..., Tensor]
+    begin: Callable[..., tuple[Tensor, Tensor | None]]
+    go_on: Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class LoopedLM(nn.Module):
@@ -274,7 +277,8 @@ class LoopedLM(nn.Module):
             )
 
         parts = (compiled(part) for part in (self.enter, self.loop_and_exit, self.leave))
-        self.one_token = CompiledParts(compiled(self.run, cpp_wrapper=on_cpu), *parts)
+        whole = (compiled(part, cpp_wrapper=on_cpu) for part in (self.begin, self.go_on))
+        self.one_token = CompiledParts(compiled(self.run, cpp_wrapper=on_cpu), *parts, *whole)
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse copies and pickles of a compiled model: its compiled parts would go on with this one's weights."""
@@ -557,6 +561,8 @@ class LoopedLM(nn.Module):
             cache.behind[loop_idx + 1].append(tokens.each(lambda tensor: tensor[:, :-n_new]))
         self.exit.update(halting, out[:, -n_new:], is_last=is_last)
         return out[:, -n_new:], asides
+
+    begin, go_on = begin, go_on
 
     @property
     def n_back(self) -> int:

@@ -1,10 +1,17 @@
 """Depth saved as time saved, ratios in one run.
 
-python benchmarks/depth.py s3 --json out.json [--plot out.png] [--run RUN] [--threads 2]
+python benchmarks/depth.py {s3,reasoning,speculation} --json out.json [--plot out.png] [--run RUN] [--threads 2]
 
 s3: the loop staircase's model (RUN, else trained here in 4 minutes). An exit rule is calibrated on 1,000 sequences,
 then scored on 1,000 others of length 48 against full depth (2n loops); then a queue of sequences of mixed lengths is
 run with the rule, by continuous depth batching, and at fixed depth, alternating.
+
+reasoning: a reasoner with a dial (RUN, else builtin:reasoner-deep). Accuracy from half its trained depth to four times
+that; an exit rule calibrated on 1,000 questions and scored on 3,500 others; wall time per answer with the rule and at
+full depth, alternating, one question at a time and 16 at a time.
+
+speculation: the same reasoner, one question at a time: tokens per second plain and drafted with fewer loops,
+alternating, and whether the text is the same. Both reasoner parts decode as `looplm generate` does, plain and compiled.
 """
 
 import argparse
@@ -24,14 +31,21 @@ from torch.nn.utils.rnn import pad_sequence
 
 from looplm.checkpoint import load
 from looplm.data.tasks.permutations import BOS_ID, N_ANSWERS, products
-from looplm.eval.exits import CALIBRATION_SEED, GRIDS, SequenceTrials, as_record, calibrate
+from looplm.data.tokenizer import EOS_ID
+from looplm.eval.exits import CALIBRATION_SEED, GRIDS, QuestionTrials, SequenceTrials, as_record, calibrate
+from looplm.eval.reasoning import FORMAT_TASK, Result, evaluate, held_out_questions, load_reasoner
+from looplm.infer.decoders import EarlyExit
 from looplm.infer.depth import score_sequences
+from looplm.infer.engine import generate
 from looplm.infer.exits import KINDS, ExitRule
+from looplm.infer.reasoner import MAX_NEW_TOKENS, Reasoner
+from looplm.infer.speculate import Draft, speculate
 from looplm.model.looped import LoopedLM
 from looplm.train.run import resolve_run, start_run
 
 MAX_LOSS, CONFIDENCE, LENGTH = 0.005, 0.95, 48
 BATCH, N_QUEUE, N_REPEATS = 64, 512, 5
+DEEP, N_PER_TASK = "builtin:reasoner-deep", 500
 QUEUE_LENGTHS = (8, 48)
 
 
@@ -58,6 +72,103 @@ def s3(run: Path | None) -> dict[str, Any]:
         "curves": {kind: [as_record(trial, confidence=CONFIDENCE) for trial in curves[kind]] for kind in KINDS},
         "queue": queue(model, best.rule),
     }
+
+
+def reasoning(run: Path | None) -> dict[str, Any]:
+    """See the module's first lines."""
+    reasoner = load_reasoner(run or DEEP)
+    trained = reasoner.model.config.n_loops
+    questions = held_out_questions(N_PER_TASK)
+    dial: dict[int, Any] = {}
+    for n_loops in sorted({round(share * trained) for share in (0.5, 1, 1.25, 1.5, 2, 3, 4)}):
+        dial[n_loops] = accuracies(evaluate(reasoner, questions, n_loops=n_loops))
+        print(f"{n_loops} loops: {dial[n_loops]['mean']:.2f} % of {len(questions)}", dial[n_loops]["tasks"])
+    worst = min(dial[n_loops]["mean"] for n_loops in dial if n_loops > trained) - dial[trained]["mean"]
+    print(f"from {trained} to {4 * trained} loops accuracy moves by {worst:+.2f} points at worst")
+    trials = QuestionTrials(reasoner, n=1000, seed=CALIBRATION_SEED)
+    tried, best = calibrate(trials, kind="latent", max_loss=MAX_LOSS, confidence=CONFIDENCE)
+    early = EarlyExit(best.rule)
+    stopped = evaluate(reasoner, questions, early=early)
+    print(f"{early}: {accuracies(stopped)['mean']:.2f} %, {stopped.mean_loops:.2f} of {trained} loops")
+    timed: dict[str, Any] = {}
+    for compiled in (False, True):
+        if compiled:
+            reasoner.model.compile_decoding()
+        for batch_size in (1, 16):
+            asked = [each.question for each in held_out_questions(16 if batch_size == 1 else 48, seed=7)]
+            random.Random(7).shuffle(asked)
+            ways = {"full": None, "early": early}
+            seconds, _ = alternate(
+                {name: answering(reasoner, asked, batch_size=batch_size, early=way) for name, way in ways.items()}
+            )
+            ratio = statistics.median(seconds["early"]) / statistics.median(seconds["full"])
+            name = f"batch {batch_size}, {'compiled' if compiled else 'plain'}"
+            per_answer = {way: 1000 * statistics.median(each) / len(asked) for way, each in seconds.items()}
+            timed[name] = {"ms_per_answer": per_answer, "less_wall_time": 1 - ratio}
+            full, stopping = per_answer["full"], per_answer["early"]
+            print(f"{name}: {full:.1f} ms an answer, {stopping:.1f} with exits, {1 - ratio:.0%} less")
+    return {
+        "trained": trained,
+        "dial": dial,
+        "worst_change": worst,
+        "calibration": [as_record(trial, confidence=CONFIDENCE) for trial in tried],
+        "exit": {"rule": str(early), "mean_loops": stopped.mean_loops, **accuracies(stopped)},
+        "seconds": timed,
+    }
+
+
+def speculation(run: Path | None) -> dict[str, Any]:
+    """See the module's first lines."""
+    reasoner = load_reasoner(run or DEEP)
+    model, result = reasoner.model, {}
+    prompts = [reasoner.prompt_ids(each.question) for each in held_out_questions(8, seed=7)]
+    common: dict[str, Any] = {"eos_id": EOS_ID, "max_new_tokens": MAX_NEW_TOKENS}
+    for compiled in (False, True):
+        if compiled:
+            model.compile_decoding()
+        drafts = [Draft(n_loops, n_tokens) for n_loops in (1, 2) for n_tokens in (4, 8, 12, 16)]
+        ways: dict[str, Callable[[], Any]] = {
+            "plain": lambda: [generate(model, [prompt], **common)[0] for prompt in prompts]
+        }
+        for draft in drafts:
+            ways[str(draft)] = lambda draft=draft: speculate(model, prompts, draft=draft, **common)
+        seconds, texts = alternate(ways)
+        n_tokens = sum(len(each.ids) for each in texts["plain"])
+        for way in ways:
+            rate = n_tokens / statistics.median(seconds[way])
+            speedup = statistics.median(seconds["plain"]) / statistics.median(seconds[way])
+            told = texts[way]
+            same = way == "plain" or [each.generation for each in told] == texts["plain"]
+            accepted = None if way == "plain" else sum(t.n_accepted for t in told) / sum(t.n_drafted for t in told)
+            name = f"{'compiled' if compiled else 'eager'}, {way}"
+            result[name] = {"tokens_per_second": rate, "speedup": speedup, "same": same, "accepted": accepted}
+            print(f"{name}: {rate:,.0f} tokens/s, {speedup:.2f} times, the same text: {same}, accepted: {accepted}")
+    return {"n_texts": len(prompts), "ways": result}
+
+
+def accuracies(result: Result) -> dict[str, Any]:
+    """Right answers in percent, of all questions and by task."""
+    tasks = {task: 100 * each.accuracy for task, each in result.scores.items() if task != FORMAT_TASK}
+    return {"mean": 100 * result.mean_accuracy, "n": len(result.right), "tasks": tasks}
+
+
+def answering(reasoner: Reasoner, asked: list[str], *, batch_size: int, early: EarlyExit | None) -> Callable[[], Any]:
+    """What answers all questions, `batch_size` at a time."""
+    parts = [asked[start : start + batch_size] for start in range(0, len(asked), batch_size)]
+    return lambda: [reasoner.answer(part, early=early) for part in parts]
+
+
+def alternate(ways: dict[str, Callable[[], Any]]) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Seconds of N_REPEATS runs of each way in turns, after one that warms up, and what each gave last."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    given: dict[str, Any] = {}
+    for repeat in range(N_REPEATS + 1):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            given[name] = way()
+            if repeat:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds, given
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -99,15 +210,8 @@ def queue(model: LoopedLM, rule: ExitRule) -> dict[str, Any]:
         "fixed": at_fixed_depth,
         "sorted, depth by length": sorted_by_length,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    answers: dict[str, list[Tensor]] = {}
-    for repeat in range(N_REPEATS + 1):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            logits = way()
-            if repeat:  # the first round warms up
-                seconds[name].append(time.perf_counter() - started)
-            answers[name] = [each[1:].argmax(-1) for each in logits]
+    seconds, logits = alternate(ways)
+    answers = {name: [each[1:].argmax(-1) for each in found] for name, found in logits.items()}
     median = {name: statistics.median(values) for name, values in seconds.items()}
     right = {name: sum(is_right(i, a) for i, a in zip(ids, found, strict=True)) for name, found in answers.items()}
     ratio = {name: median[name] / median["rule"] for name in ways if name != "rule"}
@@ -138,16 +242,20 @@ def is_right(ids: Tensor, answers: Tensor) -> bool:
 def main() -> None:
     """See the module's first lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["s3"])
+    parts = {"s3": s3, "reasoning": reasoning, "speculation": speculation}
+    parser.add_argument("what", choices=parts)
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--plot", type=Path, help="draw accuracy against loops here, a PNG")
-    parser.add_argument("--run", type=Path, help="a run of `looplm train s3`; default: train one")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--run", type=Path, help="a run of `looplm train s3` or `looplm train reason-deep`")
+    parser.add_argument("--threads", type=int, help="default: 2 for s3, 1 for the reasoner, as `looplm generate` takes")
     given = parser.parse_args()
     if given.run is not None and not given.run.is_dir():
         sys.exit(f"--run {str(given.run)!r} is not a folder; make one with `looplm train s3 --out {given.run}`")
-    torch.set_num_threads(given.threads)
-    result = {"what": given.what, "threads": given.threads, "torch": torch.__version__, **s3(given.run)}
+    if given.plot is not None and given.what != "s3":
+        sys.exit("--plot draws the s3 part")
+    threads = given.threads or (2 if given.what == "s3" else 1)
+    torch.set_num_threads(threads)
+    result = {"what": given.what, "threads": threads, "torch": torch.__version__, **parts[given.what](given.run)}
     if given.json is not None:
         given.json.write_text(json.dumps(result, indent=1) + "\n")
     if given.plot is not None:

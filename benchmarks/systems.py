@@ -58,6 +58,7 @@ class Case:
     modes: tuple[str, ...] = ("fp32", "bf16", "bf16 compiled")
     targets: tuple[float, float] = (1.0, 1.0)  # training and decode ratios to reach
     tolerance: float = 2e-4  # of the logits; nanochat computes in bf16
+    decode_dtype: torch.dtype = torch.float32  # what theirs decodes in, and so ours
 
 
 def mythos(path: Path, *, n_experts: int, top_k: int) -> Case:
@@ -149,6 +150,7 @@ def nanochat(path: Path) -> Case:
         lambda ids: theirs(ids),
         decode,
         modes=("own", "own compiled"),  # its bf16 is its own, by NANOCHAT_DTYPE
+        decode_dtype=torch.bfloat16,
         targets=(1.3, 3.0),
         tolerance=0.1,
     )
@@ -306,7 +308,7 @@ def measure(case: Case, *, parts: list[str], rounds: int, compiles: bool, rate: 
     result: dict[str, Any] = {"system": case.name, "largest_logit_difference": error}
 
     if "decode" in parts:
-        decoder = copy.deepcopy(case.ours).eval()
+        decoder = copy.deepcopy(case.ours).eval().to(case.decode_dtype)
         decoder.compile_decoding()
     for n_prompts in (1, 16) if "decode" in parts else ():
         prompt = torch.randint(0, 4000, (1, N_PROMPT), generator=generator).expand(n_prompts, -1).contiguous()

@@ -1,7 +1,8 @@
 """Make package data of trained runs: the built-in reasoner's weights, and the scores the demo shows beside its own.
 
-python recipes/builtin.py reasoner RUN     bf16 weights, config and a README into src/looplm/builtin/reasoner
-python recipes/builtin.py score NAME RUN   500 held-out questions a task into src/looplm/builtin/results.json
+python recipes/builtin.py reasoner RUN        a run of `reason`: bf16 weights, config and a README into the package
+python recipes/builtin.py reasoner-deep RUN   a run of `reason-deep`, and its calibrated exit rule
+python recipes/builtin.py score NAME RUN      500 held-out questions a task into src/looplm/builtin/results.json
 """
 
 import json
@@ -29,24 +30,24 @@ def describe(run: Path, *, recipe: str) -> dict[str, float | int | str]:
     }
 
 
-def write_reasoner(run: Path) -> None:
-    """The newest checkpoint of `run` as the built-in reasoner, scored as it will be loaded: rounded to bf16."""
-    folder = BUILTIN / "reasoner"
+def write_reasoner(run: Path, *, name: str) -> None:
+    """The newest checkpoint of `run` as `builtin:NAME`, scored as it will be loaded: rounded to bf16."""
+    folder, recipe = BUILTIN / name, name.replace("reasoner", "reason")
     folder.mkdir(parents=True, exist_ok=True)
     loaded = load_run(run)
     save_weights(loaded.model, folder / MODEL, dtype=torch.bfloat16)
     (folder / CONFIG).write_text((run_folder(run) / CONFIG).read_text())
-    made = describe(run, recipe="reason")
+    made = describe(run, recipe=recipe)
     result = evaluate(load_reasoner(folder), held_out_questions(N_QUESTIONS))
     rows = [
         f"| {task} | {100 * s.accuracy:.1f} | {100 * s.interval[0]:.1f} to {100 * s.interval[1]:.1f} |"
         for task, s in result.scores.items()
     ]
     (folder / "README.md").write_text(
-        "# builtin:reasoner\n\n"
+        f"# builtin:{name}\n\n"
         f"Made by `{made['command']}` on two CPU cores ({made['minutes']} minutes, {made['steps']:,} steps, "
-        f"{made['tokens']:,} tokens), then rounded to bf16 by `python recipes/builtin.py reasoner RUN`.\n\n"
-        f"`looplm eval builtin:reasoner --suite reasoning --n {N_QUESTIONS}`, {result.n_loops} loops:\n\n"
+        f"{made['tokens']:,} tokens), then rounded to bf16 by `python recipes/builtin.py {name} RUN`.\n\n"
+        f"`looplm eval builtin:{name} --suite reasoning --n {N_QUESTIONS}`, {result.n_loops} loops:\n\n"
         "| task | % right | 95 % interval |\n|---|---|---|\n" + "\n".join(rows) + "\n"
     )
     show(result)
@@ -72,8 +73,8 @@ def show(result: Result) -> None:
 def main(arguments: list[str]) -> None:
     """See the module's first lines."""
     match arguments:
-        case ["reasoner", run]:
-            write_reasoner(Path(run))
+        case ["reasoner" | "reasoner-deep" as name, run]:
+            write_reasoner(Path(run), name=name)
         case ["score", name, run]:
             write_score(name, Path(run))
         case _:

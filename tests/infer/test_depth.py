@@ -36,7 +36,7 @@ Make = Callable[..., LoopedLM]
 
 @pytest.mark.parametrize("name", EXITING)
 def test_a_rule_that_never_fires_is_full_depth(name: str, make_model: Make) -> None:
-    model = make_model(*VARIANTS[name])
+    model = make_model(*VARIANTS[name], "exit.kind=gate")
     ids = sequences(model)
     for rule in (NEVER, *(ExitRule(kind, 0) for kind in KINDS[1:])):
         scored = score_sequences(model, ids, n_loops=N_LOOPS, rule=rule, batch_size=3)
@@ -49,9 +49,9 @@ def test_a_rule_that_never_fires_is_full_depth(name: str, make_model: Make) -> N
 @pytest.mark.parametrize("name", EXITING)
 @pytest.mark.parametrize("kind", KINDS)
 def test_batched_is_single_token_for_token(name: str, kind: Any, make_model: Make) -> None:
-    model = make_model(*VARIANTS[name])
+    model = make_model(*VARIANTS[name], "exit.kind=gate")
     ids = sequences(model)
-    rule = ExitRule(kind, {"latent": 0.3, "kl": 0.02, "entropy": 3.4, "stable": 1}[kind])
+    rule = ExitRule(kind, {"latent": 0.3, "kl": 0.02, "entropy": 3.4, "stable": 1, "gate": 0.3}[kind])
     together = score_sequences(model, ids, n_loops=6, rule=rule, batch_size=4)
     for sequence, result in zip(ids, together, strict=True):
         (alone,) = score_sequences(model, [sequence], n_loops=6, rule=rule)
@@ -61,8 +61,8 @@ def test_batched_is_single_token_for_token(name: str, kind: Any, make_model: Mak
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_some_tokens_stop_early_and_none_before_the_second_loop(kind: Any, make_model: Make) -> None:
-    model = make_model("inject.kind=diagonal")
-    rule = ExitRule(kind, {"latent": 0.3, "kl": 0.02, "entropy": 3.4, "stable": 1}[kind])
+    model = make_model("inject.kind=diagonal", "exit.kind=gate")
+    rule = ExitRule(kind, {"latent": 0.3, "kl": 0.02, "entropy": 3.4, "stable": 1, "gate": 0.3}[kind])
     depths = torch.cat([s.depths for s in score_sequences(model, sequences(model), n_loops=12, rule=rule)])
     assert len(depths.unique()) > 1
     assert depths.min() >= 2
@@ -78,7 +78,7 @@ def test_where_all_tokens_stop_at_once_it_is_that_many_loops(make_model: Make) -
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_rules_by_hand(kind: Any, make_model: Make) -> None:
     """A sequence of one token sees nothing but itself: where it stops can be read off the states of a full run."""
-    model = make_model("inject.kind=diagonal", "n_prelude=0", "n_coda=0")
+    model = make_model("inject.kind=diagonal", "n_prelude=0", "n_coda=0", "exit.kind=gate")
     ids = torch.tensor([[7]])
     states: list[Tensor] = []
     with torch.no_grad():
@@ -89,7 +89,11 @@ def test_the_rules_by_hand(kind: Any, make_model: Make) -> None:
         "kl": [float((b * (b / a).log()).sum()) for a, b in pairwise(p)],
         "entropy": [float(-(b * b.log()).sum()) for b in p[1:]],
     }
-    if kind == "stable":
+    if kind == "gate":
+        left = torch.cat([1 - model.exit.done(state) for state in states]).flatten().cumprod(0)  # type: ignore[arg-type]
+        rule = ExitRule(kind, float(left[3] + left[4]) / 2)
+        expected = 5
+    elif kind == "stable":
         rule, best = ExitRule(kind, 3), [int(each.argmax()) for each in p]
         expected = next(loop for loop in range(4, 13) if len(set(best[loop - 4 : loop])) == 1)
     else:
@@ -103,9 +107,9 @@ def test_the_rules_by_hand(kind: Any, make_model: Make) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bf16_weights_stop_and_run_to_full_depth_too(kind: Any, make_model: Make) -> None:
-    model = make_model("inject.kind=diagonal", "vocab_size=600")
+    model = make_model("inject.kind=diagonal", "vocab_size=600", "exit.kind=gate")
     ids = [torch.randint(600, (length,)) for length in LENGTHS]
-    rule = ExitRule(kind, {"latent": 0.05, "kl": 1e-3, "entropy": 6.5, "stable": 2}[kind])
+    rule = ExitRule(kind, {"latent": 0.05, "kl": 1e-3, "entropy": 6.5, "stable": 2, "gate": 0.3}[kind])
     rounded = score_sequences(model.to(torch.bfloat16), ids, n_loops=12, rule=rule, batch_size=3)
     assert min(int(each.depths.min()) for each in rounded) < 12
     for each in score_sequences(model, ids, n_loops=5, rule=ExitRule(kind, 0), batch_size=3):

@@ -21,7 +21,7 @@ from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import LoopedLM
 
 PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10], [11, 12]]
-THRESHOLDS = {"latent": 0.3, "kl": 0.02, "entropy": 3.4, "stable": 1}
+THRESHOLDS = {"latent": 0.3, "kl": 0.02, "entropy": 3.4, "stable": 1, "gate": 0.3}
 Make = Callable[..., LoopedLM]
 
 
@@ -31,6 +31,11 @@ def writes_text(name: str) -> bool:
 
 
 EXITING = [name for name in VARIANTS if writes_text(name)]
+
+
+def parts(name: str, kind: Any) -> list[str]:
+    """Of a model that the rule can be asked of."""
+    return [*VARIANTS[name], *(["exit.kind=gate"] if kind == "gate" else [])]
 
 
 def rule_of(kind: Any) -> ExitRule:
@@ -53,7 +58,7 @@ def recomputed_by_hand(model: LoopedLM, prompt: list[int], rule: ExitRule, *, n_
             hidden = model.leave(model.inject.read_out(state), inputs, None)
             before, after = states[loop_idx - 1][:, -1], states[loop_idx][:, -1]
             change = (after - before).norm(dim=-1) / after.norm(dim=-1)
-            fires, kept = rule.fires(change, model.logits(hidden[:, -1]), kept)
+            fires, kept = rule.fires(change, model.logits(hidden[:, -1]), kept, model.exit.done(after))
             if loop_idx and fires.item():
                 depth = loop_idx + 1
                 break
@@ -73,7 +78,7 @@ def stopped_at(states: list[Tensor], depths: list[int], *, n_prompt: int) -> Ten
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", EXITING)
 def test_recompute_is_each_token_cut_out_of_a_full_forward(name: str, kind: Any, make_model: Make) -> None:
-    model = make_model(*VARIANTS[name])
+    model = make_model(*parts(name, kind))
     together = generate(model, PROMPTS, eos_id=-1, max_new_tokens=6, n_loops=5, early=EarlyExit(rule_of(kind)))
     for prompt, generation in zip(PROMPTS, together, strict=True):
         assert generation == recomputed_by_hand(model, prompt, rule_of(kind), n_new=6, n_loops=5)
@@ -82,7 +87,7 @@ def test_recompute_is_each_token_cut_out_of_a_full_forward(name: str, kind: Any,
 @pytest.mark.parametrize("missing", ["recompute", "last"])
 @pytest.mark.parametrize("name", EXITING)
 def test_threshold_0_is_full_depth_and_an_easy_rule_two_loops(name: str, missing: Any, make_model: Make) -> None:
-    model = make_model(*VARIANTS[name])
+    model = make_model(*parts(name, "gate"))
     for kind in KINDS:
         never = EarlyExit(ExitRule(kind, 0), missing)
         full = generate(model, PROMPTS, eos_id=2, max_new_tokens=9, n_loops=4)
@@ -97,7 +102,7 @@ def test_threshold_0_is_full_depth_and_an_easy_rule_two_loops(name: str, missing
 def test_last_sees_a_prompt_as_depth_batching_does_and_batched_is_single(
     name: str, kind: Any, make_model: Make
 ) -> None:
-    model = make_model(*VARIANTS[name])
+    model = make_model(*parts(name, kind))
     early = EarlyExit(rule_of(kind), "last")
     if not any(config_part in name for config_part in ("moe-loops", "adapter", "loop-lora", "lti")):
         decoder = StopsEarly(model, early, batch_size=len(PROMPTS), capacity=20, n_loops=5)

@@ -4,9 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from looplm.model.loop.plan import (
     ChoicePlanConfig,
+    CurriculumPlanConfig,
     LengthPlanConfig,
     LogNormalPoissonPlanConfig,
     PoissonPlanConfig,
@@ -53,3 +55,13 @@ def test_parcaes_plan_draws_every_sequence_by_itself(n_grad: int | str | None, e
     assert abs((rows == 1).mean() - 6 * np.exp(-5)) < 0.006  # Poisson's 0 counts as 1
     assert abs(np.corrcoef(rows[:, 0], rows[:, 1])[0, 1]) < 0.05
     assert all(plan.n_loops == max(plan.per_row or ()) and plan.n_grad == expected for plan in plans)
+
+
+def test_a_gated_curriculum_draws_up_to_its_level() -> None:
+    rng, config = np.random.default_rng(0), CurriculumPlanConfig(low=2, high=5)
+    for level, expected in ((0, {2}), (1, {2, 3}), (3, {2, 3, 4, 5}), (9, {2, 3, 4, 5})):
+        drawn = [config.at(level).sample(rng, n_tokens=9, n_rows=4).n_loops for _ in range(300)]
+        assert set(drawn) == expected
+        assert min(drawn.count(n_loops) for n_loops in expected) > 300 / len(expected) / 2
+    with pytest.raises(ValidationError, match="nothing would grow"):
+        CurriculumPlanConfig(low=3, high=3)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -366,7 +367,7 @@ def test_metrics_that_cannot_be_written_stop_the_run_after_a_checkpoint(
     [
         ("reason", "model.vocab_size=256", "raise vocab_size"),
         ("reason", "model.seq_len=100", "do not fit the model's seq_len 100"),
-        ("reason", "train.plan={kind: length}", "packed rows have none"),
+        ("reason", "train.plan={kind: length}", "rows of text have none"),
         ("reason", "data.row_len=64", "greater than or equal to 336"),
         ("s3", "model.n_outputs=5", "take looplm-s3-54k"),
         ("s3", "data.max_len=300", "do not fit"),
@@ -401,3 +402,50 @@ def test_a_batch_without_scored_positions_is_refused() -> None:
     ids = torch.zeros(2, 5, dtype=torch.long)
     with pytest.raises(DataError, match="no position of this batch is scored"):
         next_token_loss(LoopedLM(tiny_config()), Batch(ids, torch.full_like(ids, IGNORE)), LoopPlan(1))
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("gated", ["plan", "data"])
+def test_a_curriculum_goes_on_where_it_is_right_often_enough_and_resumes(tmp_path: Path, gated: str) -> None:
+    words = ["train.minutes=null", "train.steps=60", "train.log_every=1", "train.runtime.device=cpu"]
+    words += ["data.batch_size=8", "data.max_len=6", "train.runtime.n_threads=1", "model.d_model=32"]
+    easy, hard = (
+        [f"train.plan={{kind: curriculum, low: 1, high: 4, accuracy: {gate}}}"]
+        if gated == "plan"
+        else [f"data.gate={gate}"]
+        for gate in (0.01, 1.0)
+    )
+    start_run(resolve_run("s3", overrides=[*words, *hard]), tmp_path / "hard")
+    assert not any("level" in record for record in records(tmp_path / "hard"))
+    observers = (interrupt_at(30),)
+    start_run(resolve_run("s3", overrides=[*words, *easy]), tmp_path / "cut", observers=observers)
+    resume_run(tmp_path / "cut")
+    start_run(resolve_run("s3", overrides=[*words, *easy]), tmp_path / "whole")
+    assert [record.get("level", 0) for record in records(tmp_path / "whole")][19::20] == [1, 2, 3]
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_gate_is_trained_with_the_model_and_then_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LoopedLM(tiny_config("inject.kind=diagonal", "exit.kind=gate"))
+    plan = {"kind": "fixed", "n_loops": 3}
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def look(record: Record) -> None:
+        seen.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+
+    config = TrainConfig(
+        steps=20,
+        plan=plan,
+        n_workers=0,
+        runtime=CPU,
+        log_every=1,
+        exit_gate={"alone": 0.5},  # type: ignore[arg-type]
+    )
+    fit(model, Copying(), config, folder=tmp_path, observers=(look,))
+    moved = [{name for name in one if not torch.equal(one[name], two[name])} for one, two in pairwise(seen)]
+    assert "embed.weight" in moved[5]
+    assert set().union(*moved[10:]) == {"exit.gate.weight", "exit.gate.bias"}

@@ -1,5 +1,7 @@
 """Losses: the cross-entropy of the scored positions, and what may be added to it."""
 
+import math
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from looplm.data.pack import IGNORE, Batch
 from looplm.errors import ConfigError
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import LoopedLM
-from looplm.train.losses import LoopLossConfig, StateLossConfig, next_token_loss
+from looplm.train.losses import ExitGateConfig, LoopLossConfig, StateLossConfig, exit_gate_loss, next_token_loss
 from looplm.train.run import resolve_run
 
 
@@ -99,3 +101,54 @@ def test_penalties_of_the_state_lower_what_they_penalise(penalty: StateLossConfi
         return penalised(model, seed=100)
 
     assert after_training(penalty) < 0.7 * after_training(None)
+
+
+def test_the_gate_s_loss_is_the_losses_of_the_loops_by_where_tokens_leave() -> None:
+    """Written out for every token from the states of a plain forward."""
+    torch.manual_seed(0)
+    model, batch = LoopedLM(tiny_config("inject.kind=diagonal", "exit.kind=gate")), Copying().batch(0)
+    states: list[torch.Tensor] = []
+    model.hidden(batch.ids, plan=LoopPlan(3), states=states)
+    scored = (batch.targets != IGNORE).nonzero().tolist()
+    with torch.no_grad():
+        losses = [model(batch.ids, n_loops=n).logits.log_softmax(-1) for n in (1, 2, 3)]
+    total, stage_two = 0.0, 0.0
+    for row, token in scored:
+        by_loop = [-float(each[row, token, batch.targets[row, token]]) for each in losses]
+        done = [float(model.exit.done(state)[row, token]) for state in states]  # type: ignore[index]
+        leaves = [done[0], (1 - done[0]) * done[1], (1 - done[0]) * (1 - done[1])]
+        assert sum(leaves) == pytest.approx(1)
+        entropy = -sum(p * math.log(p) for p in leaves)
+        total += sum(p * loss for p, loss in zip(leaves, by_loop, strict=True)) - 0.1 * entropy
+        for loop in (1, 2):
+            gain = max(0.0, by_loop[loop - 1] - by_loop[loop])
+            wanted = 1 / (1 + math.exp(-50 * (gain - 0.005)))
+            stage_two -= wanted * math.log(1 - done[loop]) + (1 - wanted) * math.log(done[loop])
+    config = ExitGateConfig(entropy=0.1)
+    first = exit_gate_loss(model, batch, LoopPlan(3), config, alone=False)
+    assert float(first.detach()) == pytest.approx(total / len(scored), rel=1e-4)
+    first.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.zero_grad()
+    second = exit_gate_loss(model, batch, LoopPlan(3), config, alone=True)
+    assert float(second.detach()) == pytest.approx(stage_two / 2 / len(scored), rel=1e-4)
+    second.backward()
+    assert {name for name, each in model.named_parameters() if each.grad is not None} == {
+        "exit.gate.weight",
+        "exit.gate.bias",
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.exit_gate={}"], "set both or neither"),
+        (["model.exit.kind=gate"], "set both or neither"),
+        (["model.exit.kind=gate", "train.exit_gate={}", "train.loop_loss={share: 0.3}"], "a loss of its own"),
+        (["model.exit.kind=gate", "train.exit_gate={}", "train.plan={kind: poisson, mean: 2}"], "every loop"),
+        (["model.exit.kind=gate", "train.exit_gate={}", "model.backout=true"], "backout"),
+    ],
+)
+def test_a_gate_is_refused_where_it_means_nothing(tiny_reason: list[str], overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve_run("reason", overrides=[*tiny_reason, *overrides])

@@ -11,7 +11,7 @@ def evaluate(
     suite: Annotated[
         str | None,
         typer.Option(
-            help="reasoning, s3, or loops: either of them over the whole dial. Default: what the run was trained on.",
+            help="reasoning, s3, or loops: what the run was trained on, over the whole dial. Default: by the run.",
             show_default=False,
         ),
     ] = None,
@@ -71,7 +71,7 @@ def evaluate(
             _check_writable(path, option=option)
     loaded = load_run(run)
     trained_on = loaded.config.get("data", {}).get("kind")
-    if suite == "loops":
+    if suite == "loops" or (suite is None and trained_on == "bytes"):
         others = {"--questions": questions, "--harder": harder, "--lengths": lengths, "--exit": exit_rule}
         _refuse(others, "is for the other suites; loops takes --n, --loops and --plot")
         scores = {"suite": "loops", **_dial(loaded, loops=loops, n=n, plot=plot)}

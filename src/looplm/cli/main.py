@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from looplm.cli import convert, evaluate, inspect, talk, train
+from looplm.cli import compare, convert, evaluate, inspect, talk, train
 from looplm.errors import LooplmError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("calibrate")(evaluate.calibrate)
+app.command("compare")(compare.compare)
 app.command("chat")(talk.chat)
 app.command("generate")(talk.generate)
 app.command("count")(inspect.count)

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from looplm.config import Config, did_you_mean
+from looplm.data.bytes import BytesConfig, BytesSource
 from looplm.data.pack import Batch, Document, pack
 from looplm.data.tasks import REASONING, permutations
 from looplm.data.tasks.example import is_test_question, render_completion, render_prompt
@@ -59,6 +60,9 @@ class PermutationsConfig(Config):
     """Longest sequence."""
     n_ramp: NonNegativeInt = 1000
     """Batches over which the longest length drawn grows from min_len to max_len."""
+    gate: float | None = Field(default=None, gt=0, le=1)
+    """In place of n_ramp: the longest length grows by one whenever this share of the tokens of such sequences is right;
+    null for the ramp."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "PermutationsConfig":
@@ -67,7 +71,7 @@ class PermutationsConfig(Config):
         return self
 
 
-DataConfig = Annotated[ReasoningConfig | PermutationsConfig, Field(discriminator="kind")]
+DataConfig = Annotated[ReasoningConfig | PermutationsConfig | BytesConfig, Field(discriminator="kind")]
 
 
 class ReasoningSource:
@@ -102,19 +106,35 @@ class PermutationsSource:
     def __init__(self, config: PermutationsConfig, *, seed: int) -> None:
         self.config = config
         self.seed = seed
+        self.level = 0
+        """How often the longest length has grown, where it is gated."""
+
+    @property
+    def n_levels(self) -> int:
+        """How often it can grow."""
+        return self.config.max_len - self.config.min_len
 
     def batch(self, index: int) -> Batch:
         config = self.config
         rng = np.random.default_rng([self.seed, index])
         ramp = min(1.0, (index + 1) / config.n_ramp) if config.n_ramp else 1.0
-        longest = config.min_len + round(ramp * (config.max_len - config.min_len))
-        length = int(rng.integers(config.min_len, longest + 1))
-        ids, targets = permutations.sequences(rng, n_sequences=config.batch_size, length=length)
+        grown = round(ramp * self.n_levels) if config.gate is None else self.level
+        length = int(rng.integers(config.min_len, config.min_len + grown + 1))
+        return self._sequences(rng, length)
+
+    def trial(self, index: int) -> Batch:
+        """Sequences of the longest length so far, others than those of batch number `index`."""
+        return self._sequences(np.random.default_rng([self.seed, index, 1]), self.config.min_len + self.level)
+
+    def _sequences(self, rng: np.random.Generator, length: int) -> Batch:
+        ids, targets = permutations.sequences(rng, n_sequences=self.config.batch_size, length=length)
         return Batch(torch.from_numpy(ids), torch.from_numpy(targets))
 
 
-def make_source(config: ReasoningConfig | PermutationsConfig, *, seed: int) -> Source:
+def make_source(config: ReasoningConfig | PermutationsConfig | BytesConfig, *, seed: int) -> Source:
     """The source that `config` names."""
+    if isinstance(config, BytesConfig):
+        return BytesSource(config, seed=seed)
     if isinstance(config, PermutationsConfig):
         return PermutationsSource(config, seed=seed)
     return ReasoningSource(config, seed=seed)

@@ -38,6 +38,7 @@ GRIDS: dict[RuleKind, tuple[float, ...]] = {
     "kl": GRID,
     "entropy": GRID,
     "stable": (32, 24, 16, 12, 8, 6, 4, 3, 2, 1),
+    "gate": (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
 }
 
 

@@ -1,9 +1,12 @@
 """Accuracies with their 95 % intervals."""
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
 Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of Student's t, 1 to 9 degrees of freedom
 
 
 @dataclass(frozen=True)
@@ -34,3 +37,9 @@ class Score:
         """`{"accuracy", "n", "low", "high"}`."""
         low, high = self.interval
         return {"accuracy": self.accuracy, "n": self.n, "low": low, "high": high}
+
+
+def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of 2 to 10 values and half its 95 % interval (Student's t)."""
+    half = T95[len(values) - 2] * statistics.stdev(values) / sqrt(len(values))
+    return statistics.mean(values), half

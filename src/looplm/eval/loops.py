@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from looplm.checkpoint import LoadedRun
+from looplm.config import parse
+from looplm.data.bytes import BytesConfig, BytesSource
 from looplm.data.pack import IGNORE, Batch
 from looplm.data.sources import ReasoningConfig, ReasoningSource
 from looplm.data.tasks import permutations
@@ -26,6 +28,7 @@ from looplm.model.looped import LoopedLM
 from looplm.model.partial import relative_change
 
 BEYOND = 4  # times the trained depth
+MAX_TEXT_BATCHES = 32
 N_BATCHES = 4  # for loss and states: rows of worked solutions, or sequences
 LOSS_SEED = 20261124
 # Of the loops beyond the trained depth. The state's size may grow by this before it counts as drifting ...
@@ -135,15 +138,20 @@ def measure_dial(
     trained, model = trained_depth(loaded), loaded.model
     counts = sorted({*(counts or dial_counts(trained)), trained})
     batches, what = held_out_batches(loaded), f"{n} sequences of {trained} permutations, all positions right"
-    if _kind(loaded) == "reasoning":
+    kind = _kind(loaded)
+    if kind == "reasoning":
         reasoner, questions = as_reasoner(loaded, run=loaded.path), held_out_questions(n)
         what = f"{n} held-out questions of each task, greedy, exact match"
+    elif kind == "bytes":
+        what = "held-out bytes, the likeliest next one right"
     rows = []
     for count in counts:
-        if _kind(loaded) == "reasoning":
+        if kind == "reasoning":
             tasks = evaluate(reasoner, questions, n_loops=count).scores
             scores = [score for task, score in tasks.items() if task != FORMAT_TASK]
             score = Score(sum(each.n_right for each in scores), sum(each.n for each in scores))
+        elif kind == "bytes":
+            score = next_token_score(model, batches, n_loops=count)
         else:
             score = evaluate_staircase(model, lengths=[trained], rules=[str(count)], n_sequences=n)[0].exact
         rows.append(DialRow(count, score, held_out_loss(model, batches, n_loops=count)))
@@ -158,6 +166,9 @@ def held_out_batches(loaded: LoadedRun, *, n_batches: int = N_BATCHES) -> list[B
     if _kind(loaded) == "reasoning":
         source = ReasoningSource(ReasoningConfig(n_rows=8), seed=LOSS_SEED, held_out=True)
         return [source.batch(number) for number in range(n_batches)]
+    if _kind(loaded) == "bytes":
+        text = BytesSource(parse(BytesConfig, loaded.config["data"], source=str(loaded.path)), seed=0, held_out=True)
+        return [text.batch(number) for number in range(min(text.n_held_out, MAX_TEXT_BATCHES))]
     rng = np.random.default_rng(LOSS_SEED)
     drawn = [permutations.sequences(rng, n_sequences=50, length=_longest(loaded)) for _ in range(n_batches)]
     return [Batch(torch.from_numpy(ids), torch.from_numpy(answers)) for ids, answers in drawn]
@@ -174,6 +185,19 @@ def held_out_loss(model: LoopedLM, batches: Sequence[Batch], *, n_loops: int) ->
         total += n * float(model.cross_entropy(hidden[scored], batch.targets[scored]))
         n_scored += n
     return total / n_scored
+
+
+@torch.inference_mode()
+def next_token_score(model: LoopedLM, batches: Sequence[Batch], *, n_loops: int) -> Score:
+    """Scored tokens whose likeliest prediction is right, over all batches."""
+    n_right, n = 0, 0
+    for batch in batches:
+        scored = batch.targets != IGNORE
+        hidden = model.hidden(batch.ids, plan=LoopPlan(n_loops), documents=batch.documents)
+        chosen = model.logits(hidden[scored])[:, : model.config.n_targets].argmax(-1)
+        n_right += int((chosen == batch.targets[scored]).sum())
+        n += int(scored.sum())
+    return Score(n_right, n)
 
 
 @torch.inference_mode()
@@ -215,10 +239,10 @@ def diagnose(states: Sequence[StateAt], *, trained: int) -> Diagnosis | None:
 
 def _kind(loaded: LoadedRun) -> str:
     kind = loaded.config.get("data", {}).get("kind")
-    if kind not in ("reasoning", "permutations"):
+    if kind not in ("reasoning", "permutations", "bytes"):
         raise CheckpointError(
-            f"{loaded.path} was trained on {kind!r}; the loops suite measures runs of `looplm train reason` and "
-            "`looplm train s3`"
+            f"{loaded.path} was trained on {kind!r}; the loops suite measures runs of `looplm train` with reason, s3 "
+            "or text"
         )
     return str(kind)
 

@@ -4,7 +4,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from looplm.eval.interval import Score
+from looplm.eval.interval import Score, mean_and_half
 from looplm.eval.loops import Dial
 from looplm.eval.staircase import Row
 
@@ -104,6 +104,22 @@ def comparison_plot(columns: Mapping[str, Mapping[str, Score | float]]) -> bytes
     return _png(figure)
 
 
+def arms_plot(arms: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
+    """A panel per metric: every seed of every arm, and the mean with its interval."""
+    metrics = list(next(iter(arms.values())))
+    figure, panels = _figure(7.2, 0.7 + 1.5 * len(metrics), n_panels=len(metrics), share_x=False)
+    for axes, metric in zip([panels] if len(metrics) == 1 else panels, metrics, strict=True):
+        for number, scores in enumerate(arms.values()):
+            mean, half = mean_and_half(scores[metric])
+            colour = COLOURS[number % len(COLOURS)]
+            axes.plot(scores[metric], [number] * len(scores[metric]), "o", color=colour, alpha=0.5, markersize=4)
+            axes.errorbar([mean], [number], xerr=[half], fmt="|", color=colour, capsize=3, markersize=12)
+        axes.set_yticks(range(len(arms)), list(arms), fontsize=8)
+        axes.set_ylim(len(arms) - 0.5, -0.5)
+        axes.set_xlabel(metric, fontsize=9)
+    return _png(figure)
+
+
 def loss_plot(records: Sequence[Mapping[str, float]]) -> bytes:
     """Training loss over minutes."""
     figure, axes = _figure(7.2, 3.0)
@@ -113,12 +129,12 @@ def loss_plot(records: Sequence[Mapping[str, float]]) -> bytes:
     return _png(figure)
 
 
-def _figure(width: float, height: float, *, n_panels: int = 1) -> tuple[Any, Any]:
-    """A figure and its axes: one, or several below each other that share their x."""
+def _figure(width: float, height: float, *, n_panels: int = 1, share_x: bool = True) -> tuple[Any, Any]:
+    """A figure and its axes: one, or several below each other."""
     from matplotlib.figure import Figure  # no pyplot: no global state and no display
 
     figure = Figure(figsize=(width, height), dpi=140, layout="constrained")
-    panels = figure.subplots(n_panels, sharex=True, squeeze=False)[:, 0]
+    panels = figure.subplots(n_panels, sharex=share_x, squeeze=False)[:, 0]
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)

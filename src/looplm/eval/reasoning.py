@@ -59,7 +59,7 @@ def as_reasoner(loaded: LoadedRun, *, run: str | Path) -> Reasoner:
     kind = loaded.config.get("data", {}).get("kind")
     if kind != "reasoning":
         raise CheckpointError(
-            f"{str(run)!r} was trained on {kind!r}, which has no text; give a run of `looplm train reason`"
+            f"{str(run)!r} was trained on {kind!r}, which has no questions; give a run of `looplm train reason`"
         )
     return Reasoner(loaded.model)
 

@@ -18,7 +18,7 @@ from looplm.model.cache import Behind
 from looplm.model.loop.exit import check_last_state
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import CompiledParts, LoopedLM
-from looplm.model.partial import coda_slots, core_slots
+from looplm.model.partial import Ran, coda_slots, core_slots
 
 Missing = Literal["recompute", "last"]
 
@@ -149,6 +149,7 @@ class StopsEarly(PartialDepth):
 
     def __init__(self, model: LoopedLM, early: EarlyExit, *, batch_size: int, capacity: int, n_loops: int) -> None:
         super().__init__(model, batch_size=batch_size, capacity=capacity, n_loops=n_loops)
+        early.rule.check(model)
         self.rule, self.recomputes = early.rule, early.missing == "recompute"
         self.n_kept = self.rule.n_kept(model.config.d_head_out)
         self.late: list[dict[int, list[int]]] = [{} for _ in range(batch_size)]
@@ -165,17 +166,17 @@ class StopsEarly(PartialDepth):
         parts = self._parts(n_keys) if n_tokens == 1 else model
         n_run = min(n_loops, 1 if self.n_kept else 2)  # what is remembered of the first loop is compared in the second
         where: dict[str, Any] = {"cache": self.cache, "tokens": self.tokens, "n_keys": n_keys}
-        change, hidden = parts.begin(ids, n_loops=n_run, positions=positions, before=before, **where)
+        ran = parts.begin(ids, n_loops=n_run, positions=positions, before=before, **where)
         running = {text: list(range(end + 1)) for text, end in enumerate(last)}
         if self.recomputes:
             running = {text: numbers[::-1] for text, numbers in running.items()}
         kept = torch.full((len(ids), n_tokens + 1, self.n_kept), torch.nan, device=ids.device)
         call = _Call(positions.tolist(), running, kept)
-        columns = torch.tensor(self._judged(call), device=ids.device).clamp(max=n_tokens - 1)
+        columns, hidden = torch.tensor(self._judged(call), device=ids.device).clamp(max=n_tokens - 1), ran.hidden
         if n_run < n_loops:
             if hidden is None and self.rule.reads_logits:
                 hidden = self._hidden(positions, n_keys=n_keys)
-            self._judge(call, change, hidden, columns, n_run=n_run)
+            self._judge(call, ran, hidden, columns, n_run=n_run)
         is_over = not call.running or n_run == n_loops
         while call.running and n_run < n_loops:
             self._one_loop(call, loop_idx=n_run, parts=parts, where=where)
@@ -198,18 +199,19 @@ class StopsEarly(PartialDepth):
         at = torch.tensor([each + [self.capacity] * (width - len(each)) for each in places], device=device)
         rows = None if len(texts) == len(self.late) else torch.tensor(texts, device=device)
         parts = self.model if width > 1 or rows is not None else parts
-        change, hidden = parts.go_on(at, first=loop_idx, n_loops=loop_idx + 1, rows=rows, **where)
+        ran = parts.go_on(at, first=loop_idx, n_loops=loop_idx + 1, rows=rows, **where)
         if loop_idx == self.plan.n_loops - 1:
             return
         for text, others in zip(texts, late, strict=True):
             self._leave_behind(text, others, loop_idx + 1)
+        hidden = ran.hidden
         if hidden is None and self.rule.reads_logits:  # the coda keeps what late tokens had as they stopped
             lengths = torch.tensor([[len(numbers)] for numbers in call.running.values()], device=device)
             is_running = torch.arange(int(lengths.max()), device=device) < lengths
             at = torch.where(is_running, at[:, : is_running.shape[1]], self.capacity)
             hidden = self._hidden(at, n_keys=where["n_keys"], rows=rows)
         columns = torch.arange(len(self._judged(call)[0]), device=device).expand(len(texts), -1)
-        self._judge(call, change, hidden, columns, n_run=loop_idx + 1)
+        self._judge(call, ran, hidden, columns, n_run=loop_idx + 1)
 
     def _judged(self, call: _Call) -> list[list[int]]:
         """Numbers of the tokens that the rule looks at, a row per running text, padded with T."""
@@ -217,11 +219,12 @@ class StopsEarly(PartialDepth):
         scratch = call.kept.shape[1] - 1
         return [numbers[:n_judged] + [scratch] * (n_judged - len(numbers)) for numbers in call.running.values()]
 
-    def _judge(self, call: _Call, change: Tensor, hidden: Tensor | None, columns: Tensor, *, n_run: int) -> None:
-        """Let tokens stop, `n_run` loops run: the change of state (R, W) and hidden states (R, W, D) of the running
-        texts; those of the tokens to be judged are at `columns` (R, J)."""
-        texts, device = list(call.running), change.device
-        change = change.gather(1, columns).flatten()
+    def _judge(self, call: _Call, ran: Ran, hidden: Tensor | None, columns: Tensor, *, n_run: int) -> None:
+        """Let tokens stop, `n_run` loops run: what is known (R, W) of the running texts and their hidden states
+        (R, W, D); the tokens to be judged are at `columns` (R, J)."""
+        texts, device = list(call.running), columns.device
+        change, done = (None if each is None else each.gather(1, columns).flatten() for each in (ran.change, ran.done))
+        assert change is not None
         logits = None
         if self.rule.reads_logits:
             assert hidden is not None
@@ -229,7 +232,7 @@ class StopsEarly(PartialDepth):
             logits = self.model.logits(hidden[row, columns]).flatten(0, 1)
         at = torch.tensor(texts, device=device)[:, None], torch.tensor(self._judged(call), device=device)
         kept = call.kept[at]
-        fires, new = self.rule.fires(change, logits, kept.flatten(0, 1))
+        fires, new = self.rule.fires(change, logits, kept.flatten(0, 1), done)
         call.kept[at] = new.view_as(kept)
         if n_run == 1:
             return

@@ -83,6 +83,7 @@ def score_sequences(
     """
     budgets = [n_loops] * len(sequences) if isinstance(n_loops, int) else list(n_loops)
     _check(model, sequences, budgets, batch_size=batch_size)
+    rule.check(model)
     batch = _DepthBatch(model, rule, longest=max((len(ids) for ids in sequences), default=0))
     waiting = deque(range(len(sequences)))
     done: dict[int, Scored] = {}
@@ -218,7 +219,8 @@ class _DepthBatch:
             _, slots = self._slots(cache)
             logits = model.logits(model.leave(model.inject.read_out(after), inputs, slots)).flatten(0, 1)
         change = relative_change(before, after).flatten()
-        fires, new = self.rule.fires(change, logits, kept.flatten(0, 1))
+        done = model.exit.done(after)
+        fires, new = self.rule.fires(change, logits, kept.flatten(0, 1), None if done is None else done.flatten())
         return fires.unflatten(0, kept.shape[:2]), new.unflatten(0, kept.shape[:2])
 
     def _new_cache(self, batch_size: int) -> KVCache:

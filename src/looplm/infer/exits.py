@@ -14,10 +14,12 @@ from torch import Tensor
 
 from looplm.config import did_you_mean
 from looplm.errors import ConfigError
+from looplm.model.loop.exit import Gate
+from looplm.model.looped import LoopedLM
 
-RuleKind = Literal["latent", "kl", "entropy", "stable"]
+RuleKind = Literal["latent", "kl", "entropy", "stable", "gate"]
 KINDS: tuple[RuleKind, ...] = get_args(RuleKind)
-DEFAULTS: dict[RuleKind, float] = {"latent": 1e-3, "kl": 5e-4, "entropy": 0.05, "stable": 6}
+DEFAULTS: dict[RuleKind, float] = {"latent": 1e-3, "kl": 5e-4, "entropy": 0.05, "stable": 6, "gate": 0.5}
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class ExitRule:
     kl: KL(p || p before) of the output distribution, in nats, below it.
     entropy: of the output distribution, in nats, below it.
     stable: the likeliest output has stayed the same for `threshold` loops.
+    gate: what a learned gate leaves of the probability of going on, at most it; for models with `exit: {kind: gate}`.
     """
 
     kind: RuleKind = "latent"
@@ -59,17 +62,33 @@ class ExitRule:
     @property
     def reads_logits(self) -> bool:
         """Whether it asks for the logits after every loop."""
-        return self.kind != "latent"
+        return self.kind in ("kl", "entropy", "stable")
+
+    def check(self, model: LoopedLM) -> None:
+        """Refuse a model that the rule cannot be asked of.
+
+        Raises:
+            ConfigError: the rule is `gate` and the model has none.
+        """
+        if self.kind == "gate" and not isinstance(model.exit, Gate):
+            raise ConfigError(f"exit rule {self} reads a learned gate: train a model with model.exit.kind=gate for it")
 
     def n_kept(self, n_logits: int) -> int:
         """Numbers remembered of a token from loop to loop: its distribution, or the likeliest output and its age."""
-        return {"latent": 0, "entropy": 0, "kl": n_logits, "stable": 2}[self.kind]
+        return {"latent": 0, "entropy": 0, "kl": n_logits, "stable": 2, "gate": 1}[self.kind]
 
-    def fires(self, change: Tensor, logits: Tensor | None, kept: Tensor) -> tuple[Tensor, Tensor]:
+    def fires(
+        self, change: Tensor, logits: Tensor | None, kept: Tensor, done: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Whether each token stops (N,), and what is remembered of it (N, n_kept). `change` (N,) is the relative change
-        of its state by a loop, `logits` (N, V) those after it; `kept` is NaN at first."""
+        of its state by a loop, `logits` (N, V) those after it, `done` (N,) what a learned gate says of it; `kept` is
+        NaN at first."""
         if self.kind == "latent":
             return change < self.threshold, kept
+        if self.kind == "gate":
+            assert done is not None
+            left = kept.nan_to_num(nan=1.0) * (1 - done[:, None])
+            return (left <= self.threshold).squeeze(-1) & (self.threshold > 0), left
         assert logits is not None
         log_p = logits.float().log_softmax(-1)
         if self.kind == "entropy":

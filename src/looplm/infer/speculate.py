@@ -118,10 +118,10 @@ class _Drafting(PartialDepth):
             ids, at = [*context, *guesses], places[:, number : number + 1]
             before = previous_ids([ids[:-1]], n_back=model.n_back).to(device)
             newest = torch.tensor([ids[-1:]], device=device)
-            _, hidden = parts.begin(newest, n_loops=self.draft.n_loops, positions=at, before=before, **where)
+            hidden = parts.begin(newest, n_loops=self.draft.n_loops, positions=at, before=before, **where).hidden
             hidden = self._hidden(at, n_keys=n_keys) if hidden is None else hidden
             guesses.append(int(self._logits(hidden, [0]).argmax()))
         parts = parts if n_tokens == self.draft.n_tokens else model  # compiled for one number of tokens
-        _, hidden = parts.go_on(places, first=self.draft.n_loops, n_loops=self.plan.n_loops, **where)
+        hidden = parts.go_on(places, first=self.draft.n_loops, n_loops=self.plan.n_loops, **where).hidden
         hidden = self._hidden(places, n_keys=n_keys) if hidden is None else hidden
         return guesses, model.logits(hidden[0])[:, : model.config.n_targets]

@@ -29,7 +29,7 @@ from looplm.model.loop.plan import LoopPlan
 from looplm.model.loop.rows import run_rows
 from looplm.model.moe import MoEConfig
 from looplm.model.norm import RMSNorm
-from looplm.model.partial import begin, go_on
+from looplm.model.partial import Ran, begin, go_on
 from looplm.model.smear import SmearConfig, make_smear
 
 BACKOUT_INIT = 0.2  # nanochat's
@@ -139,8 +139,8 @@ class CompiledParts:
     enter: Callable[..., tuple[Tensor, LayerInputs]]
     loop_and_exit: Callable[..., tuple[Tensor, Asides | None]]
     leave: Callable[..., Tensor]
-    begin: Callable[..., tuple[Tensor, Tensor | None]]
-    go_on: Callable[..., tuple[Tensor, Tensor | None]]
+    begin: Callable[..., Ran]
+    go_on: Callable[..., Ran]
 
 
 class LoopedLM(nn.Module):

@@ -4,7 +4,7 @@ later ones of any tokens that have run those before.
 Shapes: B texts, T new tokens, R of the texts, W tokens of each, D width.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,17 @@ from looplm.model.layer_inputs import LayerInputs
 
 if TYPE_CHECKING:
     from looplm.model.looped import LoopedLM
+
+
+class Ran(NamedTuple):
+    """What is known of tokens (B, T) after the last of some loops."""
+
+    change: Tensor
+    """Relative change of the state by that loop, (B, T)."""
+    done: Tensor | None
+    """What a learned gate says of it, (B, T)."""
+    hidden: Tensor | None
+    """What comes of it, (B, T, D); None where a coda has to run for that."""
 
 
 def begin(
@@ -26,10 +37,9 @@ def begin(
     positions: Tensor,
     n_keys: int,
     before: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Ran:
     """Prelude and the first `n_loops` for ids (B, T) at `positions`. What later loops need is put into `tokens`, each
-    (B, places) or (B, places, D). Returns the relative change of the state by the last of these loops (B, T) and the
-    hidden states (B, T, D) that it ends in; None in their place where a coda has to run for them."""
+    (B, places) or (B, places, D)."""
     x, inputs = model.enter(
         ids,
         cache.slots[: model.config.n_prelude],
@@ -50,7 +60,7 @@ def begin(
     at = (torch.arange(len(ids), device=ids.device)[:, None], positions)
     for kept, new in ((tokens.ids, ids), (tokens.first, inputs.first), (tokens.entry, entry), (tokens.state, state)):
         kept.index_put_(at, new)
-    return relative_change(old, state), _hidden(model, state, inputs)
+    return _ran(model, old, state, inputs)
 
 
 def go_on(
@@ -63,9 +73,8 @@ def go_on(
     tokens: Behind,
     n_keys: int,
     rows: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Loops number `first` up to `n_loops` for the tokens at places (R, W) of the texts `rows` (R,), or of all texts.
-    Returns what `begin` does, of these tokens."""
+) -> Ran:
+    """Loops number `first` up to `n_loops` for the tokens at places (R, W) of the texts `rows` (R,), or of all."""
     each = torch.arange(len(at), device=at.device) if rows is None else rows
     here = tokens.each(lambda tensor: tensor[each[:, None], at])
     inputs = model.inputs(here.ids, positions=at, n_keys=n_keys)
@@ -75,11 +84,12 @@ def go_on(
         number, old = torch.full_like(inputs.loop_idx, loop_idx), state
         state, _ = model.one_loop(old, here.entry, number, inputs, core_slots(model, cache, loop_idx, rows=rows))
     tokens.state.index_put_((each[:, None], at), state)
-    return relative_change(old, state), _hidden(model, state, inputs)
+    return _ran(model, old, state, inputs)
 
 
-def _hidden(model: "LoopedLM", state: Tensor, inputs: LayerInputs) -> Tensor | None:
-    return None if model.config.n_coda else model.leave(model.inject.read_out(state), inputs, [])
+def _ran(model: "LoopedLM", old: Tensor | None, state: Tensor, inputs: LayerInputs) -> Ran:
+    hidden = None if model.config.n_coda else model.leave(model.inject.read_out(state), inputs, [])
+    return Ran(relative_change(old, state), model.exit.done(state), hidden)
 
 
 def core_slots(model: "LoopedLM", cache: KVCache, loop_idx: int, *, rows: Tensor | None = None) -> list[Slot]:

@@ -24,14 +24,15 @@ from looplm.checkpoint import checkpoints, load_checkpoint, read_state, save_che
 from looplm.config import Config
 from looplm.data.loader import Loader
 from looplm.data.pack import Batch
-from looplm.data.sources import Source
+from looplm.data.sources import PermutationsSource, Source
 from looplm.errors import CheckpointError, ConfigError, TrainingError
-from looplm.model.loop.plan import PlanConfig, PoissonPlanConfig
+from looplm.eval.loops import next_token_score
+from looplm.model.loop.plan import CurriculumPlanConfig, LoopPlan, PlanConfig, PoissonPlanConfig
 from looplm.model.looped import LoopedLM
 from looplm.optim.groups import OptimizerConfig, gradient_norm, make_optimizers, set_lr_scale
 from looplm.optim.schedule import ScheduleConfig
 from looplm.telemetry.sinks import Record, Sink, make_sinks
-from looplm.train.losses import LoopLossConfig, StateLossConfig, next_token_loss
+from looplm.train.losses import ExitGateConfig, LoopLossConfig, StateLossConfig, exit_gate_loss, next_token_loss
 from looplm.train.probes import probe_loops, worries
 from looplm.train.runtime import Runtime, RuntimeConfig, choose_runtime
 
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 LONG_RUN_MINUTES = 3.0  # compiling the blocks costs up to 40 s; below this it does not come back
 LONG_RUN_STEPS = 400
 PROBE_BATCH = 10**6  # past any ramp: the probe times the batches most of the run will see
+GATE_EVERY = 20  # steps between questions whether a gated curriculum goes on
 PLAN_STREAM = 1  # keeps plans independent of what sources draw from (seed, batch number)
 
 
@@ -66,6 +68,8 @@ class TrainConfig(Config):
     """Learn from the states after the earlier loops too; null for the last one alone."""
     state_loss: StateLossConfig | None = None
     """Keep the state small, or later loops from moving it; null for neither."""
+    exit_gate: ExitGateConfig | None = None
+    """Train a learned exit gate (model.exit.kind=gate); null where there is none."""
     accumulate: PositiveInt = 1
     """Micro-batches per step."""
     grad_clip: PositiveFloat | None = 1.0
@@ -97,6 +101,13 @@ class TrainConfig(Config):
                 raise ValueError(
                     f"{name} looks at all sequences after the same loop; plan kind poisson ends them apart"
                 )
+        if self.exit_gate is not None:
+            if self.loop_loss is not None or self.state_loss is not None or self.label_smoothing:
+                raise ValueError("exit_gate has a loss of its own: leave out loop_loss, state_loss and label_smoothing")
+            if isinstance(self.plan, PoissonPlanConfig) or getattr(self.plan, "n_grad", None) is not None:
+                raise ValueError(
+                    f"exit_gate looks at every loop of every sequence; plan kind {self.plan.kind} does not"
+                )
         return self
 
     def progress(self, position: "Position") -> float:
@@ -117,6 +128,8 @@ class Position:
     tokens: int = 0
     seconds: float = 0.0
     seconds_waited: float = 0.0
+    level: int = 0
+    """How often a curriculum that is gated on accuracy has gone on."""
 
 
 @dataclass(frozen=True)
@@ -164,11 +177,14 @@ class _Fit:
         if is_resumed:
             self.position, self.runtime = self._saved_state()
         else:
-            self.position, self.runtime = Position(), self._choose_runtime()
+            self.position = Position()
+            self.runtime = self._choose_runtime()
         self.seconds_before, self.waited_before = self.position.seconds, self.position.seconds_waited
         # the model moves before its optimizers are made: they hold its parameters, and their state follows those
         self.runtime.apply(model, rows_vary=isinstance(config.plan, PoissonPlanConfig))
         self.device = torch.device(self.runtime.device)
+        if isinstance(source, PermutationsSource):
+            source.level = self.position.level
         # a machine that multiplies faster in fp32 does so in the optimizer too
         muon_dtype = torch.bfloat16 if self.runtime.precision == "bf16" else torch.float32
         self.optimizers: list[Optimizer] = make_optimizers(model, config.optimizer, muon_dtype=muon_dtype)
@@ -218,19 +234,12 @@ class _Fit:
         for batch in islice(batches, config.accumulate):
             batch = self.last_batch = batch.to(self.device)
             n_rows, n_tokens = batch.ids.shape
-            plan = config.plan.sample(rng, n_tokens=n_tokens, n_rows=n_rows)
+            at_level = config.plan.at(position.level) if isinstance(config.plan, CurriculumPlanConfig) else config.plan
+            plan = at_level.sample(rng, n_tokens=n_tokens, n_rows=n_rows)
             plan = replace(plan, recompute=config.recompute)
+            seed = int(rng.integers(1 << 62)) if config.state_loss is not None else 0
             with self.runtime.autocast():
-                part = next_token_loss(
-                    self.model,
-                    batch,
-                    plan,
-                    label_smoothing=config.label_smoothing,
-                    loop_loss=config.loop_loss,
-                    state_loss=config.state_loss,
-                    seed=int(rng.integers(1 << 62)) if config.state_loss is not None else 0,
-                    loads=loads,
-                )
+                part = self._loss(batch, plan, seed=seed, loads=loads)
             (part / config.accumulate).backward()
             loss += part.detach() / config.accumulate
             position.tokens += batch.n_tokens
@@ -248,6 +257,7 @@ class _Fit:
             optimizer.zero_grad(set_to_none=True)
         self.model.balance(loads)
         position.step += 1
+        self._go_on_if_learned()
         record: Record = {
             "step": position.step,
             "tokens": position.tokens,
@@ -256,9 +266,51 @@ class _Fit:
             "lr_scale": scale,
             "n_loops": n_loops / config.accumulate,
         }
+        if position.level:
+            record["level"] = position.level
         if loads:
             record["max_load"] = float(torch.stack([load.max() / load.float().mean() for _, load in loads]).max())
         return record
+
+    def _loss(
+        self, batch: Batch, plan: LoopPlan, *, seed: int = 0, loads: list[tuple[int, torch.Tensor]] | None = None
+    ) -> torch.Tensor:
+        config = self.config
+        if config.exit_gate is not None:
+            alone = config.progress(self.position) >= 1 - config.exit_gate.alone
+            return exit_gate_loss(self.model, batch, plan, config.exit_gate, alone=alone)
+        return next_token_loss(
+            self.model,
+            batch,
+            plan,
+            label_smoothing=config.label_smoothing,
+            loop_loss=config.loop_loss,
+            state_loss=config.state_loss,
+            seed=seed,
+            loads=loads,
+        )
+
+    @torch.compiler.set_stance("force_eager")  # compiled layers would be compiled once more, for inference
+    def _go_on_if_learned(self) -> None:
+        """A curriculum that is gated on accuracy: ask now and then whether it goes on."""
+        config, source, position = self.config, self.source, self.position
+        if position.step % GATE_EVERY:
+            return
+        if isinstance(config.plan, CurriculumPlanConfig):
+            asked, gate, n_levels = self.last_batch, config.plan.accuracy, config.plan.n_levels
+            n_loops = config.plan.at(position.level).high
+        elif isinstance(source, PermutationsSource) and source.config.gate is not None:
+            asked, gate, n_levels = source.trial(position.step).to(self.device), source.config.gate, source.n_levels
+            n_rows, n_tokens = asked.ids.shape
+            rng = np.random.default_rng([config.seed, position.step, PLAN_STREAM])
+            n_loops = config.plan.sample(rng, n_tokens=n_tokens, n_rows=n_rows).n_loops
+        else:
+            return
+        with self.runtime.autocast():
+            is_learned = next_token_score(self.model, [asked], n_loops=n_loops).accuracy >= gate
+        position.level = min(n_levels, position.level + is_learned)
+        if isinstance(source, PermutationsSource):
+            source.level = position.level
 
     def _probe(self) -> Record:
         """What the loops do, where it is time to ask; what is worrying about it is said once."""
@@ -312,9 +364,7 @@ class _Fit:
 
         def trial(runtime: Runtime) -> None:
             with runtime.autocast():
-                next_token_loss(
-                    self.model, batch, plan, loop_loss=config.loop_loss, state_loss=config.state_loss
-                ).backward()
+                self._loss(batch, plan).backward()
             self.model.zero_grad(set_to_none=True)
 
         steps = min(config.steps or 10**12, (config.tokens or 10**18) // (batch.n_tokens * config.accumulate))

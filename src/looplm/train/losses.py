@@ -4,8 +4,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from looplm.config import Config
 from looplm.data.pack import IGNORE, Batch
@@ -15,6 +17,7 @@ from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import LoopedLM
 
 JACOBIAN_STEP = 1e-2  # of the state's size
+GAIN_SHARPNESS, LEAST_GAIN = 50.0, 0.005  # per nat; nats that make a loop worth running
 
 
 class LoopLossConfig(Config):
@@ -35,6 +38,63 @@ class StateLossConfig(Config):
     1 on average, loops bring states together. Costs two more loops, in fp32."""
     norm: NonNegativeFloat = 0.0
     """Weight of the last state's mean square."""
+
+
+class ExitGateConfig(Config):
+    """How a learned exit gate is trained (Ouro, 2025), in two stages. First with the model: the loss of each loop's
+    output, weighted by the probability that the token leaves there, less `entropy` times the entropy of that. Then
+    alone, the rest of the model at rest: a token is to go on where the loop has just gained something."""
+
+    entropy: NonNegativeFloat = 0.05
+    """Weight of the entropy, which keeps the gate from collapsing onto one loop while the model learns."""
+    alone: float = Field(default=0.2, ge=0, lt=1)
+    """Share of the budget, its end, in which the gate is trained alone."""
+
+
+def exit_gate_loss(model: LoopedLM, batch: Batch, plan: LoopPlan, config: ExitGateConfig, *, alone: bool) -> Tensor:
+    """The loss of a model with a learned gate, of its first stage or with `alone` of its second. Costs coda and head
+    once per loop.
+
+    Raises:
+        DataError: no position is scored.
+    """
+    asides = Asides()
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not alone):
+        unrolled = _unroll(model, batch, plan, asides=asides)
+    index = _scored(batch)
+    targets = batch.targets.flatten()[index]
+
+    def losses(hidden: Tensor) -> Tensor:
+        return F.cross_entropy(model.logits(hidden)[:, : model.config.n_targets], targets, reduction="none")
+
+    scored = [hidden.flatten(0, 1)[index] for hidden in unrolled.hidden]
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not alone):
+        each = [checkpoint(losses, rows, use_reentrant=False) for rows in scored]
+    by_loop = torch.stack(each)  # (loops, N) nats
+    done = torch.stack([_done(model, state.flatten(0, 1)[index]) for state in unrolled.states])
+    if alone:
+        gain = (by_loop[:-1] - by_loop[1:]).clamp(min=0)
+        goes_on = torch.sigmoid(GAIN_SHARPNESS * (gain - LEAST_GAIN))
+        return F.binary_cross_entropy(1 - done[1:], goes_on) if len(done) > 1 else 0 * done.sum()
+    left = torch.cat((torch.ones_like(done[:1]), (1 - done[:-1]).cumprod(0)))
+    leaves = torch.cat((left[:-1] * done[:-1], left[-1:]))  # the last loop takes what is left
+    entropy = -(leaves * leaves.clamp(min=1e-9).log()).sum(0)
+    loss = (leaves * by_loop).sum(0).mean() - config.entropy * entropy.mean()
+    return loss + torch.stack(asides.losses).sum() if asides.losses else loss
+
+
+def _done(model: LoopedLM, state: Tensor) -> Tensor:
+    done = model.exit.done(state)
+    assert done is not None, "refused by RunConfig"
+    return done
+
+
+def _scored(batch: Batch) -> Tensor:
+    """Indices of the scored positions, counted through all rows."""
+    index = torch.nonzero(batch.targets.flatten() != IGNORE).squeeze(1)
+    if not len(index):
+        raise DataError("no position of this batch is scored, so there is nothing to learn from it: longer rows?")
+    return index
 
 
 def next_token_loss(
@@ -61,14 +121,11 @@ def next_token_loss(
         hidden = unrolled.hidden if loop_loss is not None else unrolled.hidden[-1:]
     if loads is not None:
         loads.extend(asides.loads)
-    scored = batch.targets.flatten() != IGNORE
-    index = None if scored.all() else torch.nonzero(scored).squeeze(1)
-    if index is not None and not len(index):
-        raise DataError("no position of this batch is scored, so there is nothing to learn from it: longer rows?")
+    index = _scored(batch)
 
     def cross_entropy(hidden: Tensor) -> Tensor:
         rows, targets = hidden.flatten(0, 1), batch.targets.flatten()
-        if index is not None:
+        if len(index) < len(targets):
             rows, targets = rows.index_select(0, index), targets.index_select(0, index)
         return model.cross_entropy(rows, targets, label_smoothing=label_smoothing)
 
@@ -88,10 +145,8 @@ class _Unrolled:
 
     inputs: LayerInputs
     entry: Tensor  # as every loop takes it in
-    state: Tensor  # after the last loop
-    hidden: list[
-        Tensor
-    ]  # what coda and norm make of the state after each loop that carries gradient, the last one last
+    states: list[Tensor]  # after each loop
+    hidden: list[Tensor]  # what coda and norm make of the states that carry gradient, the last one last
 
 
 def _unroll(model: LoopedLM, batch: Batch, plan: LoopPlan, *, asides: Asides) -> _Unrolled:
@@ -103,19 +158,19 @@ def _unroll(model: LoopedLM, batch: Batch, plan: LoopPlan, *, asides: Asides) ->
     last = model.run_core(x, plan=plan, inputs=inputs, states=states)
     earlier = [state for loop_idx, state in enumerate(states[:-1]) if plan.carries_gradient(loop_idx)]
     hidden = [model.leave(state, inputs, None) for state in (*map(model.inject.read_out, earlier), last)]
-    return _Unrolled(inputs, model.inject.prepare(x), states[-1], hidden)
+    return _Unrolled(inputs, model.inject.prepare(x), states, hidden)
 
 
 def _of_state(model: LoopedLM, unrolled: _Unrolled, config: StateLossConfig, *, loop_idx: int, seed: int) -> Tensor:
     """What `config` adds to the loss."""
-    loss = config.norm * unrolled.state.float().square().mean()
+    loss = config.norm * unrolled.states[-1].float().square().mean()
     if not config.jacobian:
         return loss
     # by a finite difference: attention's own backward has no derivative of its own. In the weights' type, since bf16
     # would round it away
     inputs = replace(unrolled.inputs, asides=None)
     number = torch.full_like(inputs.loop_idx, loop_idx)
-    state, entry = (tensor.to(model.embed.weight.dtype) for tensor in (unrolled.state, unrolled.entry))
+    state, entry = (tensor.to(model.embed.weight.dtype) for tensor in (unrolled.states[-1], unrolled.entry))
     direction = torch.randn(state.shape, generator=torch.Generator().manual_seed(seed)).to(state)
     step = JACOBIAN_STEP * state.detach().square().mean().sqrt()
     with torch.autocast(state.device.type, enabled=False):

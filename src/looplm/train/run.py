@@ -9,12 +9,14 @@ from pydantic import model_validator
 
 from looplm.checkpoint import CONFIG, run_folder, write_text
 from looplm.config import Config, apply_overrides, load_preset, load_yaml, parse, to_yaml
+from looplm.data.bytes import VOCAB_SIZE as N_BYTES
+from looplm.data.bytes import BytesConfig
 from looplm.data.sources import DataConfig, PermutationsConfig, make_source
 from looplm.data.tasks import permutations
 from looplm.data.tokenizer import VOCAB_SIZE
 from looplm.errors import ConfigError, TrainingError
-from looplm.model.loop.exit import NoExitConfig
-from looplm.model.loop.plan import LengthPlanConfig, PoissonPlanConfig
+from looplm.model.loop.exit import ACTConfig, GateConfig
+from looplm.model.loop.plan import CurriculumPlanConfig, LengthPlanConfig, PoissonPlanConfig
 from looplm.model.looped import LoopedLM, ModelConfig
 from looplm.train.fit import FitResult, Observer, TrainConfig, fit
 
@@ -40,23 +42,32 @@ class RunConfig(Config):
                 )
             longest = data.max_len + 1
         else:
-            if model.vocab_size < VOCAB_SIZE or model.d_head_out < VOCAB_SIZE:
-                raise ValueError(
-                    f"the reasoning suite has {VOCAB_SIZE} tokens and the model {model.d_head_out}: raise vocab_size"
-                )
+            n_ids = N_BYTES if isinstance(data, BytesConfig) else VOCAB_SIZE
+            if model.vocab_size < n_ids or model.d_head_out < n_ids:
+                what = "text as bytes" if isinstance(data, BytesConfig) else "the reasoning suite"
+                raise ValueError(f"{what} has {n_ids} tokens and the model {model.d_head_out}: raise vocab_size")
             if isinstance(self.train.plan, LengthPlanConfig):
-                raise ValueError("plan kind length ties loops to the length of a sequence; packed rows have none")
+                raise ValueError("plan kind length ties loops to the length of a sequence; rows of text have none")
             longest = data.row_len
         wants_last_state = {
             "plan kind poisson": isinstance(self.train.plan, PoissonPlanConfig),
             "train.loop_loss": self.train.loop_loss is not None,
         }
         for name, is_set in wants_last_state.items():
-            if is_set and (model.backout or not isinstance(model.exit, NoExitConfig)):
+            if is_set and (model.backout or isinstance(model.exit, ACTConfig)):
                 raise ValueError(
                     f"{name} takes the state after a loop as the output, and this model's is made of more "
                     f"({'a backout' if model.backout else 'exit ' + model.exit.kind}): leave one of them out"
                 )
+        if (self.train.exit_gate is not None) != isinstance(model.exit, GateConfig):
+            raise ValueError("a learned gate takes both model.exit.kind=gate and train.exit_gate; set both or neither")
+        if self.train.exit_gate is not None and model.backout:
+            raise ValueError("train.exit_gate takes the state after a loop as the output; a backout reads more than it")
+        if isinstance(data, PermutationsConfig) and data.gate is not None:
+            if self.train.n_workers:
+                raise ValueError("data.gate decides the next batch after this one's step: set train.n_workers to 0")
+            if isinstance(self.train.plan, CurriculumPlanConfig):
+                raise ValueError("data.gate and plan kind curriculum are both gated on accuracy: take one of them")
         if longest > model.seq_len:
             raise ValueError(f"sequences of {longest} tokens do not fit the model's seq_len {model.seq_len}: raise it")
         return self

@@ -1,4 +1,5 @@
-"""How the states of the loops become one output: the last one, or a halting-weighted sum (ACT, Graves 2016).
+"""How the states of the loops become one output: the last one, with or without a learned gate that says when it would
+do, or a halting-weighted sum (ACT, Graves 2016).
 
 A position that has halted keeps running and keeps serving keys and values to the others; only its output is settled.
 Once all have halted, the loops that are left are not run; with a cache they are made up for if a later token ever needs
@@ -8,6 +9,7 @@ them.
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
@@ -34,7 +36,14 @@ class ACTConfig(Config):
     """Weight in the training loss of the mean number of loops a position takes."""
 
 
-ExitConfig = Annotated[NoExitConfig | ACTConfig, Field(discriminator="kind")]
+class GateConfig(Config):
+    """The state after the last loop, and a learned probability of being done after each, which the exit rule `gate`
+    reads at inference (Ouro, 2025). Trained by `train.exit_gate`."""
+
+    kind: Literal["gate"] = "gate"
+
+
+ExitConfig = Annotated[NoExitConfig | ACTConfig | GateConfig, Field(discriminator="kind")]
 
 
 class Halting:
@@ -69,6 +78,21 @@ class NoExit(nn.Module):
     def result(self, halting: Halting | None, state: Tensor, *, asides: Asides | None) -> Tensor:
         """The output; training losses of its own are appended to `asides`."""
         return state
+
+    def done(self, state: Tensor) -> Tensor | None:
+        """Learned probability (...) that a state (..., D) is done if it was not before; None where none is learned."""
+        return None
+
+
+class Gate(NoExit):
+    """sigmoid(w . state / rms(state) + b); Ouro reads the state as it is, without b."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(d_model, 1)
+
+    def done(self, state: Tensor) -> Tensor:
+        return self.gate(F.rms_norm(state, state.shape[-1:])).squeeze(-1).float().sigmoid()
 
 
 class ACT(NoExit):
@@ -123,6 +147,8 @@ def check_last_state(what: str, *, exit: NoExit, has_backout: bool, mend: str = 
         )
 
 
-def make_exit(d_model: int, config: NoExitConfig | ACTConfig) -> NoExit:
+def make_exit(d_model: int, config: NoExitConfig | ACTConfig | GateConfig) -> NoExit:
     """The exit that `config` names."""
+    if isinstance(config, GateConfig):
+        return Gate(d_model)
     return ACT(d_model, config) if isinstance(config, ACTConfig) else NoExit()

@@ -156,8 +156,41 @@ class PoissonPlanConfig(Config):
         return LoopPlan.of_rows(per_row, n_grad=n_grad)
 
 
+class CurriculumPlanConfig(Config):
+    """A number of loops drawn uniformly from `low` up to a most that grows: from `low` to `high`, by one whenever the
+    model is right often enough at the most so far (the accuracy gate of LT&G, spec loops, 2.7)."""
+
+    kind: Literal["curriculum"] = "curriculum"
+    low: PositiveInt = 1
+    """Fewest loops, and the most at first."""
+    high: PositiveInt
+    """The most in the end."""
+    accuracy: float = Field(default=0.95, gt=0, le=1)
+    """Share of the scored tokens to have right before the most grows."""
+
+    @model_validator(mode="after")
+    def _grows(self) -> "CurriculumPlanConfig":
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low} is not below high {self.high}: nothing would grow")
+        return self
+
+    @property
+    def n_levels(self) -> int:
+        """How often the most can grow."""
+        return self.high - self.low
+
+    def at(self, level: int) -> UniformPlanConfig:
+        """The plan after it has grown `level` times."""
+        return UniformPlanConfig(low=self.low, high=self.low + min(level, self.n_levels))
+
+    def sample(self, rng: np.random.Generator, *, n_tokens: int, n_rows: int) -> LoopPlan:
+        """One plan for a batch of `n_rows` sequences of `n_tokens` tokens, fully grown."""
+        return self.at(self.n_levels).sample(rng, n_tokens=n_tokens, n_rows=n_rows)
+
+
 PlanConfig = Annotated[
     FixedPlanConfig
+    | CurriculumPlanConfig
     | UniformPlanConfig
     | ChoicePlanConfig
     | LengthPlanConfig

@@ -1,0 +1,68 @@
+"""Text as its bytes: a file's first nine tenths to learn from, its last tenth held out. Nothing to train or download
+first, and a loss in bits per byte that models with tokenizers of their own can be held against."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import PositiveInt
+
+from looplm.config import Config
+from looplm.data.pack import Batch
+from looplm.errors import DataError
+
+VOCAB_SIZE = 256
+HELD_OUT_SHARE = 0.1
+
+
+class BytesConfig(Config):
+    """Windows of a text file, drawn anywhere in its first nine tenths."""
+
+    kind: Literal["bytes"] = "bytes"
+    path: str
+    """The file."""
+    n_rows: PositiveInt = 16
+    """Rows of a micro-batch."""
+    row_len: PositiveInt = 256
+    """Bytes of a row."""
+
+
+class BytesSource:
+    """Every byte but the window's first is predicted. With `held_out`, windows one after another of the rest."""
+
+    def __init__(self, config: BytesConfig, *, seed: int, held_out: bool = False) -> None:
+        self.config, self.seed, self.held_out = config, seed, held_out
+        self.bytes = read_part(Path(config.path), held_out=held_out)
+        if len(self.bytes) <= config.row_len:
+            raise DataError(
+                f"text {config.path!r} leaves {len(self.bytes)} bytes to {'score' if held_out else 'learn from'}, and "
+                f"a row has {config.row_len} and one more; give a longer text or lower data.row_len"
+            )
+
+    @property
+    def n_held_out(self) -> int:
+        """Batches after which the windows have been through the whole part."""
+        return max(1, (len(self.bytes) - 1) // (self.config.row_len * self.config.n_rows))
+
+    def batch(self, index: int) -> Batch:
+        """Micro-batch number `index`."""
+        config, last = self.config, len(self.bytes) - self.config.row_len - 1
+        if self.held_out:
+            first = index * config.n_rows
+            starts = np.minimum((first + np.arange(config.n_rows)) * config.row_len, last)
+        else:
+            starts = np.random.default_rng([self.seed, index]).integers(0, last + 1, size=config.n_rows)
+        windows = self.bytes[starts[:, None] + np.arange(config.row_len + 1)].astype(np.int64)
+        return Batch(torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:]))
+
+
+def read_part(path: Path, *, held_out: bool) -> NDArray[np.uint8]:
+    """The part of a file to learn from, or the held-out one."""
+    try:
+        read = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    except OSError as error:
+        raise DataError(f"text {str(path)!r} cannot be read ({error.strerror}); name a file: data.path=FILE") from None
+    split = round(len(read) * (1 - HELD_OUT_SHARE))
+    return read[split:] if held_out else read[:split]

@@ -1,0 +1,275 @@
+"""A looped model against what it has to beat: the same data, tuned rates, several seeds, one report.
+
+Arms, each with a rate of its own, chosen among RATES by held-out loss after a quarter of the steps:
+
+looped           the recipe as it is.
+iso-parameter    the same model run once, as many steps: the same parameters and tokens, fewer FLOPs.
+iso-FLOP         a layer of its own in place of every loop's, as many steps: the looped model's FLOPs at its trained
+                 depth, more parameters.
+iso-wall-time    the iso-parameter model at its own rate, as many minutes as the looped one took: the same time and
+                 parameters, more tokens.
+
+Runs are folders of their own, made by `looplm train`; what is finished is not run again.
+"""
+
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from looplm.checkpoint import CONFIG, LoadedRun, checkpoints, load_run, read_state, write_text
+from looplm.config import apply_overrides, parse, to_yaml
+from looplm.errors import ConfigError, TrainingError
+from looplm.eval.interval import T95, mean_and_half
+from looplm.eval.loops import held_out_batches, held_out_loss, trained_depth
+from looplm.eval.reasoning import as_reasoner, evaluate, held_out_questions
+from looplm.eval.staircase import evaluate_staircase
+from looplm.model.count import count
+from looplm.train.fit import Position
+from looplm.train.run import RunConfig
+
+ARMS = ("looped", "iso-parameter", "iso-FLOP", "iso-wall-time")
+RATES = (0.5, 1.0, 2.0)  # times the recipe's
+TUNING_SHARE = 0.25  # of the steps
+N_QUESTIONS, N_SEQUENCES = 100, 500  # of each task; of each length
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training to make or made."""
+
+    arm: str
+    folder: Path
+    config: RunConfig
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is known of one arm in the end, by seed where it is a list."""
+
+    name: str
+    parameters: int
+    training_flops_per_token: int
+    n_loops: int
+    rate: float
+    tuning: dict[str, float]
+    """Held-out loss by rate."""
+    tokens: list[int]
+    minutes: list[float]
+    scores: dict[str, list[float]]
+
+
+class Comparison:
+    """One recipe compared, in folder `out`; `minutes` is the wall time of one looped run, `n_jobs` how many run at a
+    time, each with its share of the cores."""
+
+    def __init__(
+        self, config: RunConfig, out: Path, *, minutes: float, n_seeds: int, n_jobs: int, say: Callable[[str], None]
+    ) -> None:
+        if not 2 <= n_seeds <= len(T95) + 1:
+            raise ConfigError(f"{n_seeds} seeds give no interval; give 2 to {len(T95) + 1}")
+        if n_jobs < 1 or not minutes > 0:
+            raise ConfigError(f"jobs {n_jobs} and minutes {minutes:g} have to be more than 0")
+        self.out, self.minutes, self.n_seeds, self.n_jobs, self.say = out, minutes, n_seeds, n_jobs, say
+        self.n_threads = max(1, (os.cpu_count() or 1) // n_jobs)
+        self.configs = arms(config)
+
+    @property
+    def expected_minutes(self) -> float:
+        """Wall time of all runs if every one takes as long as the looped one."""
+        tuned = len(self.configs) - 1
+        runs = tuned * len(RATES) * TUNING_SHARE + len(ARMS) * self.n_seeds
+        return runs * self.minutes / self.n_jobs
+
+    def run(self) -> list[Arm]:
+        """Train what is not yet trained, score all."""
+        first = self._run("looped", rate=1.0, seed=0, minutes=self.minutes * TUNING_SHARE)
+        self._train([first])
+        n_tuning = position(first.folder).step
+        tuning = {
+            (arm, rate): self._run(arm, rate=rate, seed=0, steps=n_tuning)
+            for arm in self.configs
+            if arm != "iso-wall-time"
+            for rate in RATES
+            if (arm, rate) != ("looped", 1.0)
+        }
+        self._train(list(tuning.values()))
+        tuning["looped", 1.0] = first
+        losses = {key: loss_of(load_run(each.folder)) for key, each in tuning.items()}
+        best = {arm: min(RATES, key=lambda rate, arm=arm: losses[arm, rate]) for arm in ARMS[:3]}  # type: ignore[misc]
+        best["iso-wall-time"] = best["iso-parameter"]
+        n_steps = round(n_tuning / TUNING_SHARE)
+        seeds = range(self.n_seeds)
+        runs = [self._run(arm, rate=best[arm], seed=seed, steps=n_steps) for arm in ARMS[:3] for seed in seeds]
+        self._train(runs)
+        spent = statistics.mean(position(each.folder).seconds / 60 for each in runs[: self.n_seeds])
+        longer = [self._run("iso-wall-time", rate=best["iso-wall-time"], seed=seed, minutes=spent) for seed in seeds]
+        self._train(longer)
+        runs += longer
+        found = []
+        for name in ARMS:
+            self.say(f"scoring {name}")
+            mine = [each for each in runs if each.arm == name]
+            scores = [score(load_run(each.folder)) for each in mine]
+            model = mine[0].config.model
+            depth = trained_depth(load_run(mine[0].folder)) if name == "looped" else 1
+            size = count(model, n_loops=depth)
+            found.append(
+                Arm(
+                    name,
+                    size.parameters,
+                    size.training_flops_per_token,
+                    depth,
+                    best[name],
+                    {f"{rate:g}": losses[name, rate] for rate in RATES if (name, rate) in losses},
+                    [position(each.folder).tokens for each in mine],
+                    [position(each.folder).seconds / 60 for each in mine],
+                    {metric: [each[metric] for each in scores] for metric in scores[0]},
+                )
+            )
+        return found
+
+    def _run(self, arm: str, *, rate: float, seed: int, steps: int | None = None, minutes: float | None = None) -> Run:
+        config = self.configs[arm]
+        optimizer = config.train.optimizer
+        changes = [
+            f"train.seed={seed}",
+            f"train.steps={'null' if steps is None else steps}",
+            f"train.minutes={'null' if minutes is None else minutes}",
+            "train.tokens=null",
+            f"train.optimizer.muon_lr={optimizer.muon_lr * rate}",
+            f"train.optimizer.adamw_lr={optimizer.adamw_lr * rate}",
+            f"train.runtime.n_threads={self.n_threads}",
+        ]
+        data = apply_overrides(config.model_dump(mode="json"), changes)
+        length = f"{steps}-steps" if steps is not None else "minutes"
+        name = f"{arm}-rate-{rate:g}-{length}-seed-{seed}"
+        return Run(arm, self.out / "runs" / name, parse(RunConfig, data, source=name))
+
+    def _train(self, runs: Sequence[Run]) -> None:
+        """All that are not finished, `n_jobs` at a time."""
+        with ThreadPoolExecutor(self.n_jobs) as pool:
+            for _ in pool.map(self._train_one, [each for each in runs if not is_finished(each)]):
+                pass
+
+    def _train_one(self, run: Run) -> None:
+        self.say(f"training {run.folder.name}")
+        if checkpoints(run.folder):
+            words = ["--resume", str(run.folder)]
+        else:
+            run.folder.parent.mkdir(parents=True, exist_ok=True)
+            recipe = run.folder.with_suffix(".yaml")
+            write_text(recipe, to_yaml(run.config))
+            (run.folder / CONFIG).unlink(missing_ok=True)  # of a run cut short before its first checkpoint
+            words = [str(recipe), "--out", str(run.folder)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.n_threads)}
+        command = [sys.executable, "-m", "looplm", "train", *words]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if ended.returncode or not is_finished(run):
+            said = "\n".join((ended.stdout + ended.stderr).splitlines()[-3:])
+            raise TrainingError(f"{run.folder.name} did not end; what was done is kept, run the command again. {said}")
+
+
+def arms(config: RunConfig) -> dict[str, RunConfig]:
+    """The looped recipe and its baselines."""
+    data = config.model_dump(mode="json")
+    depth = data["data"]["max_len"] if data["data"]["kind"] == "permutations" else config.model.n_loops
+    if depth < 2:
+        raise ConfigError(f"the recipe's model runs {depth} loop: there is no loop to compare; give model.n_loops=4")
+    once = ["model.n_loops=1", "train.plan={kind: fixed, n_loops: 1}", "train.loop_loss=null", "train.state_loss=null"]
+    deep = [*once, f"model.n_core={depth * config.model.n_core}", "model.inject={kind: none}"]
+    parameter, flop = (
+        parse(RunConfig, apply_overrides(data, changes), source=name)
+        for name, changes in (("iso-parameter", once), ("iso-FLOP", deep))
+    )
+    return {"looped": config, "iso-parameter": parameter, "iso-FLOP": flop, "iso-wall-time": parameter}
+
+
+def position(folder: Path) -> Position:
+    """How far a run has come."""
+    return Position(**read_state(folder)["position"])
+
+
+def is_finished(run: Run) -> bool:
+    """Whether its budget is used."""
+    return bool(checkpoints(run.folder)) and run.config.train.progress(position(run.folder)) >= 1
+
+
+def loss_of(loaded: LoadedRun) -> float:
+    """Held-out loss at the trained depth, nats."""
+    return held_out_loss(loaded.model, held_out_batches(loaded), n_loops=depth_of(loaded))
+
+
+def depth_of(loaded: LoadedRun) -> int:
+    """The trained depth of a looped model, 1 of a baseline."""
+    return 1 if loaded.model.config.n_loops == 1 else trained_depth(loaded)
+
+
+def score(loaded: LoadedRun) -> dict[str, float]:
+    """What the report tells of a run, the headline first."""
+    kind, loss = loaded.config["data"]["kind"], loss_of(loaded)
+    if kind == "bytes":
+        return {"bits per byte": loss / math.log(2)}
+    if kind == "reasoning":
+        result = evaluate(as_reasoner(loaded, run=loaded.path), held_out_questions(N_QUESTIONS))
+        return {"right answers, %": 100 * result.mean_accuracy, "loss, nats per token": loss}
+    longest = loaded.config["data"]["max_len"]
+    rule = "1" if loaded.model.config.n_loops == 1 else "1.5n"
+    rows = evaluate_staircase(
+        loaded.model, lengths=[longest, 2 * longest, 4 * longest], rules=[rule], n_sequences=N_SEQUENCES
+    )
+    return {f"sequences of {row.length} all right, %": 100 * row.exact.accuracy for row in rows}
+
+
+def verdicts(found: Sequence[Arm]) -> list[str]:
+    """The looped model against each baseline on the headline metric, paired by seed: a line each."""
+    looped, *others = found
+    metric = next(iter(looped.scores))
+    better = -1 if is_lower_better(metric) else 1
+    lines = []
+    for other in others:
+        differences = [better * (a - b) for a, b in zip(looped.scores[metric], other.scores[metric], strict=True)]
+        mean, half = mean_and_half(differences)
+        said = "better" if mean - half > 0 else "worse" if mean + half < 0 else "not told apart"
+        lines.append(f"{metric}: looped against {other.name}: {said} ({mean:+.3g} ± {half:.2g}, positive is for loops)")
+    return lines
+
+
+def is_lower_better(metric: str) -> bool:
+    """Whether a metric is a loss."""
+    return metric.startswith(("bits", "loss"))
+
+
+def markdown(found: Sequence[Arm], *, title: str, command: str, machine: str) -> str:
+    """The report, flattering or not."""
+    n_seeds = len(found[0].minutes)
+    metrics = list(found[0].scores)
+    head = ["arm", "parameters", "FLOPs/token, training", "rate", "tokens", "minutes", *metrics]
+    lines = [f"# {title}", "", f"`{command}`, {machine}. Means over {n_seeds} seeds (0 to {n_seeds - 1}) with 95 %"]
+    lines += ["intervals of the mean (Student's t); rates were chosen by held-out loss among 0.5, 1 and 2 times the"]
+    lines += ["recipe's after a quarter of the steps.", ""]
+    lines += [f"- {line}" for line in verdicts(found)]
+    lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for arm in found:
+        cells = [arm.name, f"{arm.parameters:,}", f"{arm.training_flops_per_token / 1e6:.1f}M", f"{arm.rate:g}"]
+        cells += [f"{statistics.mean(arm.tokens) / 1e6:.2f}M", f"{statistics.mean(arm.minutes):.2f}"]
+        for metric in metrics:
+            mean, half = mean_and_half(arm.scores[metric])
+            cells.append(f"{mean:.3f} ± {half:.3f}" if is_lower_better(metric) else f"{mean:.1f} ± {half:.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "![every seed, and the mean with its interval](report.png)", ""]
+    lines += ["looped: the recipe. iso-parameter: the same model run once, as many steps. iso-FLOP: layers of its own"]
+    lines += [f"in place of {found[0].n_loops} loops, as many steps. iso-wall-time: the iso-parameter model, trained"]
+    lines += ["as long as the looped one.", ""]
+    return "\n".join(lines)
+
+
+def as_records(found: Sequence[Arm]) -> list[dict[str, Any]]:
+    """As JSON."""
+    return [asdict(arm) for arm in found]

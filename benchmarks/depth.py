@@ -7,11 +7,12 @@ then scored on 1,000 others of length 48 against full depth (2n loops); then a q
 run with the rule, by continuous depth batching, and at fixed depth, alternating.
 
 reasoning: a reasoner with a dial (RUN, else builtin:reasoner-deep). Accuracy from half its trained depth to four times
-that; an exit rule calibrated on 1,000 questions and scored on 3,500 others; wall time per answer with the rule and at
-full depth, alternating, one question at a time and 16 at a time.
+that, and with the exit rule that `looplm calibrate RUN` stored; wall time per answer with the rule and at full depth,
+alternating, one question at a time and 16 at a time.
 
 speculation: the same reasoner, one question at a time: tokens per second plain and drafted with fewer loops,
-alternating, and whether the text is the same. Both reasoner parts decode as `looplm generate` does, plain and compiled.
+alternating, and whether the text is the same. Both reasoner parts are timed as `looplm generate` decodes, on one
+thread, plain and compiled.
 """
 
 import argparse
@@ -29,10 +30,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from looplm.checkpoint import load
+from looplm.checkpoint import load, run_folder
 from looplm.data.tasks.permutations import BOS_ID, N_ANSWERS, products
 from looplm.data.tokenizer import EOS_ID
-from looplm.eval.exits import CALIBRATION_SEED, GRIDS, QuestionTrials, SequenceTrials, as_record, calibrate
+from looplm.eval.exits import CALIBRATION_SEED, GRIDS, SequenceTrials, as_record, calibrate, load_exit
 from looplm.eval.reasoning import FORMAT_TASK, Result, evaluate, held_out_questions, load_reasoner
 from looplm.infer.decoders import EarlyExit
 from looplm.infer.depth import score_sequences
@@ -45,7 +46,7 @@ from looplm.train.run import resolve_run, start_run
 
 MAX_LOSS, CONFIDENCE, LENGTH = 0.005, 0.95, 48
 BATCH, N_QUEUE, N_REPEATS = 64, 512, 5
-DEEP, N_PER_TASK = "builtin:reasoner-deep", 500
+DEEP, N_PER_TASK = "builtin:reasoner-deep", 300
 QUEUE_LENGTHS = (8, 48)
 
 
@@ -80,22 +81,21 @@ def reasoning(run: Path | None) -> dict[str, Any]:
     trained = reasoner.model.config.n_loops
     questions = held_out_questions(N_PER_TASK)
     dial: dict[int, Any] = {}
-    for n_loops in sorted({round(share * trained) for share in (0.5, 1, 1.25, 1.5, 2, 3, 4)}):
+    for n_loops in sorted({round(share * trained) for share in (0.5, 1, 1.5, 2, 3, 4)}):
         dial[n_loops] = accuracies(evaluate(reasoner, questions, n_loops=n_loops))
         print(f"{n_loops} loops: {dial[n_loops]['mean']:.2f} % of {len(questions)}", dial[n_loops]["tasks"])
     worst = min(dial[n_loops]["mean"] for n_loops in dial if n_loops > trained) - dial[trained]["mean"]
     print(f"from {trained} to {4 * trained} loops accuracy moves by {worst:+.2f} points at worst")
-    trials = QuestionTrials(reasoner, n=1000, seed=CALIBRATION_SEED)
-    tried, best = calibrate(trials, kind="latent", max_loss=MAX_LOSS, confidence=CONFIDENCE)
-    early = EarlyExit(best.rule)
+    early = load_exit(run_folder(run or DEEP))
     stopped = evaluate(reasoner, questions, early=early)
     print(f"{early}: {accuracies(stopped)['mean']:.2f} %, {stopped.mean_loops:.2f} of {trained} loops")
+    torch.set_num_threads(1)
     timed: dict[str, Any] = {}
     for compiled in (False, True):
         if compiled:
             reasoner.model.compile_decoding()
         for batch_size in (1, 16):
-            asked = [each.question for each in held_out_questions(16 if batch_size == 1 else 48, seed=7)]
+            asked = [each.question for each in held_out_questions(8 if batch_size == 1 else 16, seed=7)]
             random.Random(7).shuffle(asked)
             ways = {"full": None, "early": early}
             seconds, _ = alternate(
@@ -111,7 +111,6 @@ def reasoning(run: Path | None) -> dict[str, Any]:
         "trained": trained,
         "dial": dial,
         "worst_change": worst,
-        "calibration": [as_record(trial, confidence=CONFIDENCE) for trial in tried],
         "exit": {"rule": str(early), "mean_loops": stopped.mean_loops, **accuracies(stopped)},
         "seconds": timed,
     }
@@ -119,6 +118,7 @@ def reasoning(run: Path | None) -> dict[str, Any]:
 
 def speculation(run: Path | None) -> dict[str, Any]:
     """See the module's first lines."""
+    torch.set_num_threads(1)
     reasoner = load_reasoner(run or DEEP)
     model, result = reasoner.model, {}
     prompts = [reasoner.prompt_ids(each.question) for each in held_out_questions(8, seed=7)]
@@ -247,15 +247,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--plot", type=Path, help="draw accuracy against loops here, a PNG")
     parser.add_argument("--run", type=Path, help="a run of `looplm train s3` or `looplm train reason-deep`")
-    parser.add_argument("--threads", type=int, help="default: 2 for s3, 1 for the reasoner, as `looplm generate` takes")
+    parser.add_argument("--threads", type=int, default=2, help="of all that is not decoded text")
     given = parser.parse_args()
     if given.run is not None and not given.run.is_dir():
         sys.exit(f"--run {str(given.run)!r} is not a folder; make one with `looplm train s3 --out {given.run}`")
     if given.plot is not None and given.what != "s3":
         sys.exit("--plot draws the s3 part")
-    threads = given.threads or (2 if given.what == "s3" else 1)
-    torch.set_num_threads(threads)
-    result = {"what": given.what, "threads": threads, "torch": torch.__version__, **parts[given.what](given.run)}
+    torch.set_num_threads(given.threads)
+    result = {"what": given.what, "threads": given.threads, "torch": torch.__version__, **parts[given.what](given.run)}
     if given.json is not None:
         given.json.write_text(json.dumps(result, indent=1) + "\n")
     if given.plot is not None:

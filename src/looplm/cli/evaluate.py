@@ -127,7 +127,7 @@ def calibrate(
     from looplm.cli.progress import CountProgress
     from looplm.cli.show import trials_table
     from looplm.errors import ConfigError
-    from looplm.eval.exits import FILE, GRIDS, as_calibration, as_record
+    from looplm.eval.exits import FILE, GRIDS, TEXT_GRIDS, as_calibration, as_record
     from looplm.eval.exits import calibrate as find
     from looplm.infer.decoders import EarlyExit
 
@@ -146,11 +146,13 @@ def calibrate(
     loaded = load_run(run)
     if loaded.config.get("data", {}).get("kind") == "permutations":
         _refuse({"--missing": missing}, "is for text; sequences are scored whole")
+        grids = GRIDS
         make, asked = _sequence_trials(loaded, lengths=lengths or "12,24,48", loops=loops or "2n", n=n)
     else:
         _refuse({"--lengths": lengths}, "is for s3")
+        grids = TEXT_GRIDS
         make, asked = _question_trials(loaded, run=run, loops=loops, n=n, missing=early.missing)
-    with CountProgress("measuring", n * (1 + len(GRIDS[kind]))) as progress:
+    with CountProgress("measuring", n * (1 + len(grids[kind]))) as progress:
         tried, best = find(make(progress), kind=kind, max_loss=max_loss, confidence=confidence)
     trials_table(tried, best, confidence=confidence)
     found = as_calibration(best, max_loss=max_loss, confidence=confidence, missing=early.missing, asked=asked)

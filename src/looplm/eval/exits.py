@@ -40,6 +40,12 @@ GRIDS: dict[RuleKind, tuple[float, ...]] = {
     "stable": (32, 24, 16, 12, 8, 6, 4, 3, 2, 1),
     "gate": (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
 }
+# generated text: few loops, each of which changes much
+TEXT_GRIDS: dict[RuleKind, tuple[float, ...]] = {
+    **GRIDS,
+    "latent": (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0),
+    "stable": (8, 6, 5, 4, 3, 2, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,9 @@ def fewest_sequences(*, max_loss: float, confidence: float) -> int:
 class Trials(ABC):
     """Held-out questions, with what full depth makes of them."""
 
+    grids = GRIDS
+    """Thresholds to try, strictest first."""
+
     def __init__(self, n: int) -> None:
         self.n = n
         self.full, self.full_loops = self._right(ExitRule("latent", 0))
@@ -194,6 +203,8 @@ class QuestionTrials(Trials):
     """Held-out questions of the reasoning suite, as many of each task as of any other, give or take one, answered
     greedily."""
 
+    grids = TEXT_GRIDS
+
     def __init__(
         self,
         reasoner: Reasoner,
@@ -233,7 +244,7 @@ def calibrate(trials: Trials, *, kind: RuleKind, max_loss: float, confidence: fl
             f"give --n {needed} or more"
         )
     tried: list[Trial] = []
-    for threshold in GRIDS[kind]:
+    for threshold in trials.grids[kind]:
         tried.append(trials.run(ExitRule(kind, threshold)))
         if tried[-1].bound(confidence) > max_loss:
             break

@@ -105,9 +105,7 @@ class TrainConfig(Config):
             if self.loop_loss is not None or self.state_loss is not None or self.label_smoothing:
                 raise ValueError("exit_gate has a loss of its own: leave out loop_loss, state_loss and label_smoothing")
             if isinstance(self.plan, PoissonPlanConfig) or getattr(self.plan, "n_grad", None) is not None:
-                raise ValueError(
-                    f"exit_gate looks at every loop of every sequence; plan kind {self.plan.kind} does not"
-                )
+                raise ValueError(f"exit_gate looks at all loops of all sequences; plan kind {self.plan.kind} does not")
         return self
 
     def progress(self, position: "Position") -> float:

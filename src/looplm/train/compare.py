@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from looplm.checkpoint import CONFIG, LoadedRun, checkpoints, load_run, read_state, write_text
 from looplm.config import apply_overrides, parse, to_yaml
 from looplm.errors import ConfigError, TrainingError
@@ -77,7 +79,7 @@ class Comparison:
         if n_jobs < 1 or not minutes > 0:
             raise ConfigError(f"jobs {n_jobs} and minutes {minutes:g} have to be more than 0")
         self.out, self.minutes, self.n_seeds, self.n_jobs, self.say = out, minutes, n_seeds, n_jobs, say
-        self.n_threads = max(1, (os.cpu_count() or 1) // n_jobs)
+        self.n_threads = max(1, torch.get_num_threads() // n_jobs)  # all cores, or what OMP_NUM_THREADS leaves
         self.configs = arms(config)
 
     @property

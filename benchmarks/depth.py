@@ -45,8 +45,8 @@ from looplm.model.looped import LoopedLM
 from looplm.train.run import resolve_run, start_run
 
 MAX_LOSS, CONFIDENCE, LENGTH = 0.005, 0.95, 48
-BATCH, N_QUEUE, N_REPEATS = 64, 512, 5
-DEEP, N_PER_TASK = "builtin:reasoner-deep", 300
+BATCH, N_QUEUE, N_REPEATS, N_REPEATS_TEXT = 64, 512, 5, 3
+DEEP, N_PER_TASK = "builtin:reasoner-deep", 150
 QUEUE_LENGTHS = (8, 48)
 
 
@@ -66,11 +66,12 @@ def s3(run: Path | None) -> dict[str, Any]:
         f"{100 * scored.full.accuracy:.1f}), {scored.mean_loops:.1f} of {scored.full_loops:.0f} loops: "
         f"{100 * scored.saved:.0f} % fewer"
     )
-    curves = {kind: [fresh.run(ExitRule(kind, threshold)) for threshold in GRIDS[kind]] for kind in KINDS}
+    untrained = [kind for kind in KINDS if kind != "gate"]
+    curves = {kind: [fresh.run(ExitRule(kind, threshold)) for threshold in GRIDS[kind]] for kind in untrained}
     return {
         "calibration": [as_record(trial, confidence=CONFIDENCE) for trial in tried],
         "length_48": {**as_record(scored, confidence=CONFIDENCE), "saved": scored.saved},
-        "curves": {kind: [as_record(trial, confidence=CONFIDENCE) for trial in curves[kind]] for kind in KINDS},
+        "curves": {kind: [as_record(each, confidence=CONFIDENCE) for each in curve] for kind, curve in curves.items()},
         "queue": queue(model, best.rule),
     }
 
@@ -99,7 +100,8 @@ def reasoning(run: Path | None) -> dict[str, Any]:
             random.Random(7).shuffle(asked)
             ways = {"full": None, "early": early}
             seconds, _ = alternate(
-                {name: answering(reasoner, asked, batch_size=batch_size, early=way) for name, way in ways.items()}
+                {name: answering(reasoner, asked, batch_size=batch_size, early=way) for name, way in ways.items()},
+                n_repeats=N_REPEATS_TEXT,
             )
             ratio = statistics.median(seconds["early"]) / statistics.median(seconds["full"])
             name = f"batch {batch_size}, {'compiled' if compiled else 'plain'}"
@@ -126,13 +128,13 @@ def speculation(run: Path | None) -> dict[str, Any]:
     for compiled in (False, True):
         if compiled:
             model.compile_decoding()
-        drafts = [Draft(n_loops, n_tokens) for n_loops in (1, 2) for n_tokens in (4, 8, 12, 16)]
+        drafts = [Draft(1, 4), Draft(1, 8), Draft(1, 12), Draft(1, 16), Draft(2, 8)]
         ways: dict[str, Callable[[], Any]] = {
             "plain": lambda: [generate(model, [prompt], **common)[0] for prompt in prompts]
         }
         for draft in drafts:
             ways[str(draft)] = lambda draft=draft: speculate(model, prompts, draft=draft, **common)
-        seconds, texts = alternate(ways)
+        seconds, texts = alternate(ways, n_repeats=N_REPEATS_TEXT)
         n_tokens = sum(len(each.ids) for each in texts["plain"])
         for way in ways:
             rate = n_tokens / statistics.median(seconds[way])
@@ -158,11 +160,11 @@ def answering(reasoner: Reasoner, asked: list[str], *, batch_size: int, early: E
     return lambda: [reasoner.answer(part, early=early) for part in parts]
 
 
-def alternate(ways: dict[str, Callable[[], Any]]) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Seconds of N_REPEATS runs of each way in turns, after one that warms up, and what each gave last."""
+def alternate(ways: dict[str, Callable[[], Any]], *, n_repeats: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Seconds of `n_repeats` runs of each way in turns, after one that warms up, and what each gave last."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     given: dict[str, Any] = {}
-    for repeat in range(N_REPEATS + 1):
+    for repeat in range(n_repeats + 1):
         for name, way in ways.items():
             started = time.perf_counter()
             given[name] = way()
@@ -210,7 +212,7 @@ def queue(model: LoopedLM, rule: ExitRule) -> dict[str, Any]:
         "fixed": at_fixed_depth,
         "sorted, depth by length": sorted_by_length,
     }
-    seconds, logits = alternate(ways)
+    seconds, logits = alternate(ways, n_repeats=N_REPEATS)
     answers = {name: [each[1:].argmax(-1) for each in found] for name, found in logits.items()}
     median = {name: statistics.median(values) for name, values in seconds.items()}
     right = {name: sum(is_right(i, a) for i, a in zip(ids, found, strict=True)) for name, found in answers.items()}

@@ -157,8 +157,11 @@ class Comparison:
     def _train(self, runs: Sequence[Run]) -> None:
         """All that are not finished, `n_jobs` at a time."""
         with ThreadPoolExecutor(self.n_jobs) as pool:
-            for _ in pool.map(self._train_one, [each for each in runs if not is_finished(each)]):
-                pass
+            try:
+                for _ in pool.map(self._train_one, [each for each in runs if not is_finished(each)]):
+                    pass
+            finally:  # after a failure or Ctrl-C those that have not begun do not
+                pool.shutdown(cancel_futures=True)
 
     def _train_one(self, run: Run) -> None:
         self.say(f"training {run.folder.name}")

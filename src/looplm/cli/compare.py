@@ -49,7 +49,8 @@ def compare(
     say(f"about {comparison.expected_minutes:.0f} minutes in all; what is already trained in {folder} is kept")
     found = comparison.run()
     words = ["looplm", "compare", *arguments, "--minutes", f"{minutes:g}", "--seeds", str(seeds), "--jobs", str(jobs)]
-    machine = f"{jobs} runs at a time, {comparison.n_threads} threads each"
+    threads = f"{comparison.n_threads} thread{'s' if comparison.n_threads > 1 else ''}"
+    machine = f"{jobs} run{'s' if jobs > 1 else ''} at a time, {threads} each"
     title = f"{recipe}: looped against its baselines"
     write_text(folder / "report.md", markdown(found, title=title, command=shlex.join(words), machine=machine))
     write_text(folder / "report.json", json.dumps(as_records(found), indent=1) + "\n")

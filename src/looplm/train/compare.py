@@ -185,8 +185,8 @@ def arms(config: RunConfig) -> dict[str, RunConfig]:
     """The looped recipe and its baselines."""
     data = config.model_dump(mode="json")
     depth = data["data"]["max_len"] if data["data"]["kind"] == "permutations" else config.model.n_loops
-    if depth < 2:
-        raise ConfigError(f"the recipe's model runs {depth} loop: there is no loop to compare; give model.n_loops=4")
+    if config.model.n_loops < 2:
+        raise ConfigError("the recipe's model runs 1 loop: there is no loop to compare; give model.n_loops=4")
     once = ["model.n_loops=1", "train.plan={kind: fixed, n_loops: 1}", "train.loop_loss=null", "train.state_loss=null"]
     deep = [*once, f"model.n_core={depth * config.model.n_core}", "model.inject={kind: none}"]
     parameter, flop = (

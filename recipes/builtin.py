@@ -16,17 +16,20 @@ from looplm.eval.reasoning import Result, evaluate, held_out_questions, load_rea
 
 BUILTIN = Path(__file__).parents[1] / "src" / "looplm" / "builtin"
 N_QUESTIONS = 500
-COMMAND = "looplm train {recipe} --seed {seed} --minutes {minutes:g}"
+COMMAND = "looplm train {recipe} --seed {seed} {budget}"
 
 
 def describe(run: Path, *, recipe: str) -> dict[str, float | int | str]:
     """How the run was made."""
-    config, position = load_run(run).config, read_state(run)["position"]
+    train, state = load_run(run).config["train"], read_state(run)
+    position, threads = state["position"], state["runtime"]["n_threads"]
+    budget = f"--minutes {train['minutes']:g}" if train["minutes"] else f"--steps {train['steps']}"
     return {
-        "command": COMMAND.format(recipe=recipe, seed=config["train"]["seed"], minutes=config["train"]["minutes"]),
+        "command": COMMAND.format(recipe=recipe, seed=train["seed"], budget=budget),
         "minutes": round(position["seconds"] / 60, 1),
         "steps": position["step"],
         "tokens": position["tokens"],
+        "on": f"{threads} thread{'s' if threads > 1 else ''}",
     }
 
 
@@ -45,7 +48,7 @@ def write_reasoner(run: Path, *, name: str) -> None:
     ]
     (folder / "README.md").write_text(
         f"# builtin:{name}\n\n"
-        f"Made by `{made['command']}` on two CPU cores ({made['minutes']} minutes, {made['steps']:,} steps, "
+        f"Made by `{made['command']}` on {made['on']} of a CPU ({made['minutes']} minutes, {made['steps']:,} steps, "
         f"{made['tokens']:,} tokens), then rounded to bf16 by `python recipes/builtin.py {name} RUN`.\n\n"
         f"`looplm eval builtin:{name} --suite reasoning --n {N_QUESTIONS}`, {result.n_loops} loops:\n\n"
         "| task | % right | 95 % interval |\n|---|---|---|\n" + "\n".join(rows) + "\n"

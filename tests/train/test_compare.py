@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from looplm.checkpoint import CONFIG
+from looplm.config import load_yaml
 from looplm.errors import ConfigError, TrainingError
 from looplm.eval.interval import mean_and_half
-from looplm.model.count import count
 from looplm.train import compare
-from looplm.train.compare import Arm, Comparison, arms, as_records, is_finished, markdown, verdicts
+from looplm.train.compare import Arm, Comparison, arms, as_records, count_trained, is_finished, markdown, verdicts
 from looplm.train.run import RunConfig, resolve_run, start_run
 
 
@@ -26,17 +27,18 @@ def text(tmp_path: Path) -> RunConfig:
 
 @pytest.mark.parametrize("recipe", ["s3", "reason-deep", "text"])
 def test_the_arms_are_equal_in_what_they_are_called(recipe: str) -> None:
-    config = resolve_run(recipe)
+    config = resolve_run(recipe, overrides=[f"data.path={__file__}"] if recipe == "text" else [])
     found = arms(config)
-    looped, parameter, flop, time = (found[name].model for name in compare.ARMS)
     depth = config.data.max_len if recipe == "s3" else config.model.n_loops  # type: ignore[union-attr]
-    whole = count(looped, n_loops=depth)
-    assert count(parameter).parameters == whole.parameters
-    assert count(parameter).flops_per_token < whole.flops_per_token
-    assert count(flop).flops_per_token == pytest.approx(whole.flops_per_token, rel=0.03)
-    assert count(flop).parameters > whole.parameters
-    assert time == parameter
+    whole = count_trained(found["looped"], n_loops=depth)
+    parameter, flop = (count_trained(found[name], n_loops=1) for name in compare.ARMS[1:3])
+    assert parameter.parameters == whole.parameters
+    assert parameter.flops_per_token < whole.flops_per_token
+    assert flop.flops_per_token == pytest.approx(whole.flops_per_token, rel=0.03)
+    assert flop.parameters > whole.parameters
+    assert found["iso-wall-time"] == found["iso-parameter"]
     assert {found[name].train.plan.kind for name in compare.ARMS[1:]} == {"fixed"}
+    assert {found[name].model.block.attention.window for name in compare.ARMS[1:]} == {None}  # type: ignore[union-attr]
 
 
 def test_a_model_that_does_not_loop_has_nothing_to_compare(text: RunConfig) -> None:
@@ -85,14 +87,46 @@ def test_all_runs_are_made_once_with_the_rate_of_the_lowest_loss(
 
 
 def test_a_run_is_trained_by_the_command_and_its_failure_told(tmp_path: Path, text: RunConfig) -> None:
-    options = {"minutes": 1.0, "n_seeds": 2, "n_jobs": 1, "say": lambda text: None}
+    options = {"minutes": 1.0, "n_seeds": 2, "n_jobs": 2, "say": lambda text: None}
     comparison = Comparison(text, tmp_path / "out", **options)  # type: ignore[arg-type]
-    run = comparison._run("looped", rate=2.0, seed=1, steps=3)
-    comparison._train([run])
-    assert is_finished(run)
+    runs = [comparison._run("looped", rate=0.5, seed=seed, steps=3) for seed in (0, 1)]
+    comparison._train(runs)
+    assert all(map(is_finished, runs))
+    assert [load_yaml(run.folder / CONFIG)["train"]["seed"] for run in runs] == [0, 1]
     Path(text.data.path).unlink()  # type: ignore[union-attr]
     with pytest.raises(TrainingError, match=r"did not end(.|\n)*cannot be read"):
         comparison._train([comparison._run("looped", rate=2.0, seed=2, steps=3)])
+
+
+def test_runs_of_another_recipe_are_not_taken_for_this_ones(tmp_path: Path, text: RunConfig) -> None:
+    options = {"minutes": 1.0, "n_seeds": 2, "n_jobs": 1, "say": lambda text: None}
+    one = Comparison(text, tmp_path / "out", **options)  # type: ignore[arg-type]
+    run = one._run("looped", rate=1.0, seed=0, steps=2)
+    start_run(run.config, run.folder)
+    one._train([run])
+    wider = text.model_copy(update={"model": text.model.model_copy(update={"d_model": 64})})
+    other = Comparison(wider, tmp_path / "out", **options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"trained with model\.d_model=32.*asks for 64: give another --out"):
+        other._train([other._run("looped", rate=1.0, seed=0, steps=2)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("data.gate=0.9", "give all the same, data.gate=null"), ("data.max_len=80", "321 tokens are scored.*seq_len=321")],
+)
+def test_what_would_fail_after_training_is_refused_before(change: str, message: str) -> None:
+    changes = [change, "train.n_workers=0"]
+    with pytest.raises(ConfigError, match=message):
+        arms(resolve_run("s3", overrides=changes))
+
+
+def test_baselines_have_no_exit_gate(text: RunConfig) -> None:
+    gated = ["model.exit={kind: gate}", "train.exit_gate={}"]
+    found = arms(resolve_run("text", overrides=[f"data.path={text.data.path}", *gated]))  # type: ignore[union-attr]
+    assert found["looped"].model.exit.kind == "gate"
+    for name in compare.ARMS[1:]:
+        assert found[name].model.exit.kind == "none"
+        assert found[name].train.exit_gate is None
 
 
 def test_verdicts_say_no_more_than_the_seeds_show() -> None:

@@ -18,7 +18,9 @@ def compare(
         Path | None,
         typer.Option(help="Folder for the runs and the report. Default: compare/RECIPE.", show_default=False),
     ] = None,
-    minutes: Annotated[float, typer.Option(help="Wall time of one looped run.")] = 3.0,
+    minutes: Annotated[
+        float, typer.Option(help="About the wall time of a looped run; more where sequences grow.")
+    ] = 3.0,
     seeds: Annotated[int, typer.Option(help="Runs of every arm, seeds 0, 1, ...")] = 3,
     jobs: Annotated[int, typer.Option(help="Runs at a time, each with its share of the cores.")] = 1,
 ) -> None:

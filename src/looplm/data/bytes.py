@@ -43,17 +43,23 @@ class BytesSource:
 
     @property
     def n_held_out(self) -> int:
-        """Batches after which the windows have been through the whole part."""
-        return max(1, (len(self.bytes) - 1) // (self.config.row_len * self.config.n_rows))
+        """Batches that the windows of the whole part make, the last one perhaps a short one."""
+        return -(-self._n_windows // self.config.n_rows)
+
+    @property
+    def _n_windows(self) -> int:
+        """Windows one after another; fewer bytes than one at the end are left out."""
+        return (len(self.bytes) - 1) // self.config.row_len
 
     def batch(self, index: int) -> Batch:
         """Micro-batch number `index`."""
-        config, last = self.config, len(self.bytes) - self.config.row_len - 1
+        config = self.config
         if self.held_out:
             first = index * config.n_rows
-            starts = np.minimum((first + np.arange(config.n_rows)) * config.row_len, last)
+            starts = np.arange(first, min(first + config.n_rows, self._n_windows)) * config.row_len
         else:
-            starts = np.random.default_rng([self.seed, index]).integers(0, last + 1, size=config.n_rows)
+            n_starts = len(self.bytes) - config.row_len
+            starts = np.random.default_rng([self.seed, index]).integers(0, n_starts, size=config.n_rows)
         windows = self.bytes[starts[:, None] + np.arange(config.row_len + 1)].astype(np.int64)
         return Batch(torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:]))
 

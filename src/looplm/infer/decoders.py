@@ -145,7 +145,7 @@ class _Call:
 
 class StopsEarly(PartialDepth):
     """The cached forward, each token up to the loop at which its rule fires. Texts that have stopped are not computed
-    while others run on, and none depends on what its batch mates do. Exits begin with the second loop."""
+    while others run on, and none depends on what its batch mates do."""
 
     def __init__(self, model: LoopedLM, early: EarlyExit, *, batch_size: int, capacity: int, n_loops: int) -> None:
         super().__init__(model, batch_size=batch_size, capacity=capacity, n_loops=n_loops)
@@ -164,7 +164,7 @@ class StopsEarly(PartialDepth):
     ) -> Tensor:
         model, n_loops, n_tokens = self.model, self.plan.n_loops, ids.shape[1]
         parts = self._parts(n_keys) if n_tokens == 1 else model
-        n_run = min(n_loops, 1 if self.n_kept else 2)  # what is remembered of the first loop is compared in the second
+        n_run = min(n_loops, self.rule.first_loop)
         where: dict[str, Any] = {"cache": self.cache, "tokens": self.tokens, "n_keys": n_keys}
         ran = parts.begin(ids, n_loops=n_run, positions=positions, before=before, **where)
         running = {text: list(range(end + 1)) for text, end in enumerate(last)}
@@ -176,7 +176,9 @@ class StopsEarly(PartialDepth):
         if n_run < n_loops:
             if hidden is None and self.rule.reads_logits:
                 hidden = self._hidden(positions, n_keys=n_keys)
-            self._judge(call, ran, hidden, columns, n_run=n_run)
+            logits = self._judge(call, ran, hidden, columns, n_run=n_run)
+            if n_tokens == 1 and logits is not None and not call.running:
+                return logits[:, : model.config.n_targets]
         is_over = not call.running or n_run == n_loops
         while call.running and n_run < n_loops:
             self._one_loop(call, loop_idx=n_run, parts=parts, where=where)
@@ -219,23 +221,29 @@ class StopsEarly(PartialDepth):
         scratch = call.kept.shape[1] - 1
         return [numbers[:n_judged] + [scratch] * (n_judged - len(numbers)) for numbers in call.running.values()]
 
-    def _judge(self, call: _Call, ran: Ran, hidden: Tensor | None, columns: Tensor, *, n_run: int) -> None:
+    def _judge(self, call: _Call, ran: Ran, hidden: Tensor | None, columns: Tensor, *, n_run: int) -> Tensor | None:
         """Let tokens stop, `n_run` loops run: what is known (R, W) of the running texts and their hidden states
-        (R, W, D); the tokens to be judged are at `columns` (R, J)."""
+        (R, W, D); the tokens to be judged are at `columns` (R, J). Their logits (R * J, V), where it reads them."""
         texts, device = list(call.running), columns.device
-        change, done = (None if each is None else each.gather(1, columns).flatten() for each in (ran.change, ran.done))
-        assert change is not None
-        logits = None
+
+        def judged(each: Tensor) -> Tensor:
+            alone = each.shape[1] == 1
+            return (each if alone else each[torch.arange(len(columns), device=device)[:, None], columns]).flatten(0, 1)
+
+        logits, done, kept = (
+            None,
+            None if ran.done is None else judged(ran.done),
+            call.kept.new_empty(columns.numel(), 0),
+        )
         if self.rule.reads_logits:
             assert hidden is not None
-            row = torch.arange(len(texts), device=device)[:, None]
-            logits = self.model.logits(hidden[row, columns]).flatten(0, 1)
-        at = torch.tensor(texts, device=device)[:, None], torch.tensor(self._judged(call), device=device)
-        kept = call.kept[at]
-        fires, new = self.rule.fires(change, logits, kept.flatten(0, 1), done)
-        call.kept[at] = new.view_as(kept)
-        if n_run == 1:
-            return
+            logits = self.model.logits(judged(hidden))
+        if self.n_kept:
+            at = torch.tensor(texts, device=device)[:, None], torch.tensor(self._judged(call), device=device)
+            kept = call.kept[at].flatten(0, 1)
+        fires, new = self.rule.fires(judged(ran.change), logits, kept, done)
+        if self.n_kept:
+            call.kept[at] = new.view(*columns.shape, -1)
         stopped: list[tuple[int, int]] = []
         for text, fired in zip(texts, fires.view(len(texts), -1).tolist(), strict=True):
             running = call.running[text]
@@ -252,6 +260,7 @@ class StopsEarly(PartialDepth):
                 self._leave_behind(text, places, n_run)
         if stopped and not self.recomputes:
             self._repeat_keys(stopped, n_run)
+        return logits
 
     def _leave_behind(self, text: int, places: list[int], loop_idx: int) -> None:
         if places:

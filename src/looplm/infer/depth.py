@@ -142,9 +142,9 @@ class _DepthBatch:
         inputs = self._inputs(ids, first, at.expand_as(ids))
         state, _ = model.one_loop(None, entry, inputs.loop_idx, inputs, self._slots(cache)[0])
         nothing = torch.full((*ids.shape, self.rule.n_kept(model.config.d_head_out)), torch.nan, device=device)
-        _, kept = self._judge(state, state, nothing, inputs, cache)  # exits begin with the second loop
+        stops, kept = self._judge(None, state, nothing, inputs, cache)
         budget = torch.tensor(budgets, device=device)
-        runs = (at < lengths[:, None]) & (budget > 1)[:, None]
+        runs = (at < lengths[:, None]) & (budget > 1)[:, None] & ~_in_order(stops)
         depth = (at < lengths[:, None]).long()
         joining = _Rows(torch.tensor(numbers, device=device), ids, budget, runs, depth, first, entry, state, kept)
         if self.rows is not None:
@@ -171,11 +171,9 @@ class _DepthBatch:
         stops, kept = self._judge(before, after, pick(rows.kept), inputs, self.cache)
         for mine, new in ((rows.state, torch.where(runs[..., None], after, before)), (rows.kept, kept)):
             mine.scatter_(1, order[..., None].expand_as(new), new)
-        # in order of position: a token stops only where all tokens before it have stopped or do so now
-        stops = (stops | ~runs).to(torch.int8).cumprod(dim=1).bool()
         self.n_run += 1
         rows.depth += rows.runs
-        rows.runs.scatter_(1, order, runs & ~stops)
+        rows.runs.scatter_(1, order, runs & ~_in_order(stops | ~runs))
         rows.runs &= rows.depth < rows.budget[:, None]
 
     def take_finished(self, *, shrink: bool) -> dict[int, Scored]:
@@ -211,7 +209,7 @@ class _DepthBatch:
         return inputs
 
     def _judge(
-        self, before: Tensor, after: Tensor, kept: Tensor, inputs: LayerInputs, cache: KVCache
+        self, before: Tensor | None, after: Tensor, kept: Tensor, inputs: LayerInputs, cache: KVCache
     ) -> tuple[Tensor, Tensor]:
         """`ExitRule.fires` for tokens (R, W)."""
         model, logits = self.model, None
@@ -237,6 +235,11 @@ class _DepthBatch:
 def mean_depth(scored: Sequence[Scored]) -> float:
     """Loops per token over all sequences."""
     return torch.cat([each.depths for each in scored]).double().mean().item()
+
+
+def _in_order(stops: Tensor) -> Tensor:
+    """Those of tokens (R, W) that stop where a token stops only once all before it have stopped or do so now."""
+    return stops.to(torch.int8).cumprod(dim=1).bool()
 
 
 def _loops_differ(model: LoopedLM) -> bool:

@@ -64,6 +64,11 @@ class ExitRule:
         """Whether it asks for the logits after every loop."""
         return self.kind in ("kl", "entropy", "stable")
 
+    @property
+    def first_loop(self) -> int:
+        """The loop after which it is first asked: the one that changes a state, or the very first."""
+        return 2 if self.kind == "latent" else 1
+
     def check(self, model: LoopedLM) -> None:
         """Refuse a model that the rule cannot be asked of.
 
@@ -90,9 +95,9 @@ class ExitRule:
             left = kept.nan_to_num(nan=1.0) * (1 - done[:, None])
             return (left <= self.threshold).squeeze(-1) & (self.threshold > 0), left
         assert logits is not None
-        log_p = logits.float().log_softmax(-1)
         if self.kind == "entropy":
-            return -(log_p.exp() * log_p).sum(-1) < self.threshold, kept
+            return torch.special.entr(logits.float().softmax(-1)).sum(-1) < self.threshold, kept
+        log_p = logits.float().log_softmax(-1)
         if self.kind == "kl":  # NaN compares as false: nothing fires after the first loop
             return (log_p.exp() * (log_p - kept)).sum(-1) < self.threshold, log_p
         best = log_p.argmax(-1).to(kept.dtype)

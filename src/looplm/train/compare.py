@@ -9,7 +9,9 @@ iso-FLOP         a layer of its own in place of every loop's, as many steps: the
 iso-wall-time    the iso-parameter model at its own rate, as many minutes as the looped one took: the same time and
                  parameters, more tokens.
 
-Runs are folders of their own, made by `looplm train`; what is finished is not run again.
+Baselines see all tokens where the looped model has a window, which it looks beyond by looping: a window adds no
+parameters, and one layer of it could not see what is asked. Runs are folders of their own, made by `looplm train`;
+what is finished is not run again.
 """
 
 import math
@@ -17,7 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,13 +28,15 @@ from typing import Any
 import torch
 
 from looplm.checkpoint import CONFIG, LoadedRun, checkpoints, load_run, read_state, write_text
-from looplm.config import apply_overrides, parse, to_yaml
+from looplm.config import apply_overrides, load_yaml, parse, to_yaml
+from looplm.data.bytes import BytesConfig, BytesSource
+from looplm.data.sources import PermutationsConfig
 from looplm.errors import ConfigError, TrainingError
 from looplm.eval.interval import T95, mean_and_half
 from looplm.eval.loops import held_out_batches, held_out_loss, trained_depth
 from looplm.eval.reasoning import as_reasoner, evaluate, held_out_questions
 from looplm.eval.staircase import evaluate_staircase
-from looplm.model.count import count
+from looplm.model.count import Count, count
 from looplm.train.fit import Position
 from looplm.train.run import RunConfig
 
@@ -40,6 +44,7 @@ ARMS = ("looped", "iso-parameter", "iso-FLOP", "iso-wall-time")
 RATES = (0.5, 1.0, 2.0)  # times the recipe's
 TUNING_SHARE = 0.25  # of the steps
 N_QUESTIONS, N_SEQUENCES = 100, 500  # of each task; of each length
+LENGTHS = (1, 2, 4)  # times the longest sequence trained on
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,8 @@ class Arm:
 
 
 class Comparison:
-    """One recipe compared, in folder `out`; `minutes` is the wall time of one looped run, `n_jobs` how many run at a
-    time, each with its share of the cores."""
+    """One recipe compared, in folder `out`. `minutes` tells how many steps each run takes: four times as many as the
+    looped model makes in a quarter of them, at its start. `n_jobs` run at a time, each with its share of the cores."""
 
     def __init__(
         self, config: RunConfig, out: Path, *, minutes: float, n_seeds: int, n_jobs: int, say: Callable[[str], None]
@@ -119,9 +124,8 @@ class Comparison:
             self.say(f"scoring {name}")
             mine = [each for each in runs if each.arm == name]
             scores = [score(load_run(each.folder)) for each in mine]
-            model = mine[0].config.model
             depth = trained_depth(load_run(mine[0].folder)) if name == "looped" else 1
-            size = count(model, n_loops=depth)
+            size = count_trained(mine[0].config, n_loops=depth)
             found.append(
                 Arm(
                     name,
@@ -150,12 +154,14 @@ class Comparison:
             f"train.runtime.n_threads={self.n_threads}",
         ]
         data = apply_overrides(config.model_dump(mode="json"), changes)
-        length = f"{steps}-steps" if steps is not None else "minutes"
+        length = f"{steps}-steps" if minutes is None else f"{minutes:.3g}-minutes"
         name = f"{arm}-rate-{rate:g}-{length}-seed-{seed}"
         return Run(arm, self.out / "runs" / name, parse(RunConfig, data, source=name))
 
     def _train(self, runs: Sequence[Run]) -> None:
         """All that are not finished, `n_jobs` at a time."""
+        for run in runs:
+            check_is_same(run)
         with ThreadPoolExecutor(self.n_jobs) as pool:
             try:
                 for _ in pool.map(self._train_one, [each for each in runs if not is_finished(each)]):
@@ -169,7 +175,7 @@ class Comparison:
             words = ["--resume", str(run.folder)]
         else:
             run.folder.parent.mkdir(parents=True, exist_ok=True)
-            recipe = run.folder.with_suffix(".yaml")
+            recipe = run.folder.with_name(f"{run.folder.name}.yaml")
             write_text(recipe, to_yaml(run.config))
             (run.folder / CONFIG).unlink(missing_ok=True)  # of a run cut short before its first checkpoint
             words = [str(recipe), "--out", str(run.folder)]
@@ -182,18 +188,45 @@ class Comparison:
 
 
 def arms(config: RunConfig) -> dict[str, RunConfig]:
-    """The looped recipe and its baselines."""
-    data = config.model_dump(mode="json")
-    depth = data["data"]["max_len"] if data["data"]["kind"] == "permutations" else config.model.n_loops
-    if config.model.n_loops < 2:
+    """The looped recipe and its baselines.
+
+    Raises:
+        ConfigError: nothing loops, the data would not be the same for all, or it cannot be scored.
+    """
+    model, data = config.model, config.data
+    if model.n_loops < 2:
         raise ConfigError("the recipe's model runs 1 loop: there is no loop to compare; give model.n_loops=4")
+    depth = model.n_loops
+    if isinstance(data, PermutationsConfig):
+        depth, longest = data.max_len, LENGTHS[-1] * data.max_len + 1
+        if data.gate is not None:
+            raise ConfigError("data.gate draws sequences by how well a model does: give all the same, data.gate=null")
+        if longest > model.seq_len:
+            raise ConfigError(
+                f"sequences of {longest} tokens are scored, and the model's context is {model.seq_len}: give "
+                f"model.seq_len={longest} or a smaller data.max_len"
+            )
+    elif isinstance(data, BytesConfig):
+        BytesSource(data, seed=0, held_out=True)
     once = ["model.n_loops=1", "train.plan={kind: fixed, n_loops: 1}", "train.loop_loss=null", "train.state_loss=null"]
-    deep = [*once, f"model.n_core={depth * config.model.n_core}", "model.inject={kind: none}"]
+    if config.train.exit_gate is not None:
+        once += ["train.exit_gate=null", "model.exit={kind: none}"]
+    if getattr(model.block.attention, "window", None) is not None:
+        once += ["model.block.attention.window=null", "model.block.attention.window_pattern=S"]
+    deep = [*once, f"model.n_core={depth * model.n_core}", "model.inject={kind: none}"]
+    whole = config.model_dump(mode="json")
     parameter, flop = (
-        parse(RunConfig, apply_overrides(data, changes), source=name)
+        parse(RunConfig, apply_overrides(whole, changes), source=name)
         for name, changes in (("iso-parameter", once), ("iso-FLOP", deep))
     )
     return {"looped": config, "iso-parameter": parameter, "iso-FLOP": flop, "iso-wall-time": parameter}
+
+
+def count_trained(config: RunConfig, *, n_loops: int) -> Count:
+    """Sizes of a run's model, FLOPs at the context that it trains with."""
+    data = config.data
+    length = data.max_len + 1 if isinstance(data, PermutationsConfig) else data.row_len
+    return count(config.model.model_copy(update={"seq_len": length}), n_loops=n_loops)
 
 
 def position(folder: Path) -> Position:
@@ -204,6 +237,27 @@ def position(folder: Path) -> Position:
 def is_finished(run: Run) -> bool:
     """Whether its budget is used."""
     return bool(checkpoints(run.folder)) and run.config.train.progress(position(run.folder)) >= 1
+
+
+def check_is_same(run: Run) -> None:
+    """Refuse a run folder that another recipe was trained in."""
+    if not checkpoints(run.folder):
+        return
+    old, new = (_flat(data) for data in (load_yaml(run.folder / CONFIG), run.config.model_dump(mode="json")))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            raise ConfigError(
+                f"{str(run.folder)!r} was trained with {key}={old.get(key)}, and this comparison asks for "
+                f"{new.get(key)}: give another --out"
+            )
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves by dotted key."""
+    found: dict[str, Any] = {}
+    for name, value in data.items():
+        found.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return found
 
 
 def loss_of(loaded: LoadedRun) -> float:
@@ -227,7 +281,7 @@ def score(loaded: LoadedRun) -> dict[str, float]:
     longest = loaded.config["data"]["max_len"]
     rule = "1" if loaded.model.config.n_loops == 1 else "1.5n"
     rows = evaluate_staircase(
-        loaded.model, lengths=[longest, 2 * longest, 4 * longest], rules=[rule], n_sequences=N_SEQUENCES
+        loaded.model, lengths=[times * longest for times in LENGTHS], rules=[rule], n_sequences=N_SEQUENCES
     )
     return {f"sequences of {row.length} all right, %": 100 * row.exact.accuracy for row in rows}
 
@@ -258,7 +312,7 @@ def markdown(found: Sequence[Arm], *, title: str, command: str, machine: str) ->
     head = ["arm", "parameters", "FLOPs/token, training", "rate", "tokens", "minutes", *metrics]
     lines = [f"# {title}", "", f"`{command}`, {machine}. Means over {n_seeds} seeds (0 to {n_seeds - 1}) with 95 %"]
     lines += ["intervals of the mean (Student's t); rates were chosen by held-out loss among 0.5, 1 and 2 times the"]
-    lines += ["recipe's after a quarter of the steps.", ""]
+    lines += ["recipe's after a quarter of the steps, for every arm alike and on text that is scored too.", ""]
     lines += [f"- {line}" for line in verdicts(found)]
     lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for arm in found:
@@ -271,7 +325,7 @@ def markdown(found: Sequence[Arm], *, title: str, command: str, machine: str) ->
     lines += ["", "![every seed, and the mean with its interval](report.png)", ""]
     lines += ["looped: the recipe. iso-parameter: the same model run once, as many steps. iso-FLOP: layers of its own"]
     lines += [f"in place of {found[0].n_loops} loops, as many steps. iso-wall-time: the iso-parameter model, trained"]
-    lines += ["as long as the looped one.", ""]
+    lines += ["as long as the looped one. Baselines have no window.", ""]
     return "\n".join(lines)
 
 

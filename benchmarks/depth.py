@@ -78,7 +78,7 @@ def s3(run: Path | None) -> dict[str, Any]:
 
 def reasoning(run: Path | None) -> dict[str, Any]:
     """See the module's first lines."""
-    reasoner = load_reasoner(run or DEEP)
+    reasoner, early = load_reasoner(run or DEEP), load_exit(run_folder(run or DEEP))
     trained = reasoner.model.config.n_loops
     questions = held_out_questions(N_PER_TASK)
     dial: dict[int, Any] = {}
@@ -87,7 +87,6 @@ def reasoning(run: Path | None) -> dict[str, Any]:
         print(f"{n_loops} loops: {dial[n_loops]['mean']:.2f} % of {len(questions)}", dial[n_loops]["tasks"])
     worst = min(dial[n_loops]["mean"] for n_loops in dial if n_loops > trained) - dial[trained]["mean"]
     print(f"from {trained} to {4 * trained} loops accuracy moves by {worst:+.2f} points at worst")
-    early = load_exit(run_folder(run or DEEP))
     stopped = evaluate(reasoner, questions, early=early)
     print(f"{early}: {accuracies(stopped)['mean']:.2f} %, {stopped.mean_loops:.2f} of {trained} loops")
     torch.set_num_threads(1)

@@ -8,6 +8,8 @@ from looplm.data.pack import IGNORE, Batch
 class Copying:
     """A source of it."""
 
+    fingerprint = ""
+
     def batch(self, index: int) -> Batch:
         generator = torch.Generator().manual_seed(index)
         half = torch.randint(3, 40, (32, 6), generator=generator)

@@ -55,7 +55,7 @@ def load(run: str | Path) -> LoopedLM:
 def load_run(run: str | Path) -> LoadedRun:
     """As `load`, with the run's config."""
     folder = run_folder(run)
-    weights = folder if (folder / MODEL).is_file() else latest_checkpoint(folder)
+    weights = weights_folder(folder)
     config = load_yaml(folder / CONFIG)
     model = LoopedLM.on("cpu", run_model_config(folder), draw=False)
     with _naming_the_one_before(folder, weights):
@@ -87,6 +87,11 @@ def run_folder(run: str | Path) -> Path:
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{text!r} holds no {CONFIG}; give a folder that `looplm train` made")
     return folder
+
+
+def weights_folder(folder: Path) -> Path:
+    """Where a run's weights are: its newest checkpoint, or the folder itself for weights without training state."""
+    return folder if (folder / MODEL).is_file() else latest_checkpoint(folder)
 
 
 def checkpoints(folder: Path) -> list[Path]:

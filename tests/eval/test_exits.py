@@ -5,10 +5,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import comb
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from looplm.checkpoint import MODEL
 from looplm.errors import CheckpointError, ConfigError, DataError
 from looplm.eval import exits
 from looplm.eval.exits import (
@@ -17,9 +19,10 @@ from looplm.eval.exits import (
     Trials,
     as_calibration,
     calibrate,
-    fewest_sequences,
+    check_promise,
     load_exit,
     upper_bound,
+    weights_name,
 )
 from looplm.eval.interval import Score
 from looplm.eval.staircase import evaluate_staircase
@@ -38,9 +41,11 @@ def test_the_bound_is_where_so_few_hits_become_unlikely(n_hits: int, n: int) -> 
     assert upper_bound(n, n, confidence=0.95) == 1
 
 
-def test_fewest_sequences_is_just_enough() -> None:
-    n = fewest_sequences(max_loss=0.005, confidence=0.95)
-    assert upper_bound(0, n, confidence=0.95) <= 0.005 < upper_bound(0, n - 1, confidence=0.95)
+def test_what_is_asked_for_is_just_enough() -> None:
+    with pytest.raises(ConfigError, match="give --n 598 or more"):
+        check_promise(597, max_loss=0.005, confidence=0.95)
+    check_promise(598, max_loss=0.005, confidence=0.95)
+    assert upper_bound(0, 598, confidence=0.95) <= 0.005 < upper_bound(0, 597, confidence=0.95)
 
 
 class Scripted(Trials):
@@ -102,10 +107,14 @@ def test_what_is_stored_is_read_back(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="looplm calibrate"):
         load_exit(tmp_path)
     trial = Trial(ExitRule("kl", 0.002), Score(999, 1000), Score(1000, 1000), 1, 7.5, 20.0)
-    stored = as_calibration(trial, max_loss=0.005, confidence=0.95, missing="last", asked="x")
-    stored.save(tmp_path)
+    promise: dict[str, Any] = {"max_loss": 0.005, "confidence": 0.95, "missing": "last", "asked": "x"}
+    (tmp_path / MODEL).touch()
+    as_calibration(trial, **promise, weights=weights_name(tmp_path)).save(tmp_path)
     assert load_exit(tmp_path) == EarlyExit(trial.rule, "last")
     assert json.loads((tmp_path / exits.FILE).read_text())["bound"] == upper_bound(1, 1000, confidence=0.95)
+    as_calibration(trial, **promise, weights="step-00000010").save(tmp_path)
+    with pytest.raises(CheckpointError, match=r"is of step-00000010 and the run is at others.*calibrate again"):
+        load_exit(tmp_path)
     (tmp_path / exits.FILE).write_text("{")
     with pytest.raises(CheckpointError, match="is not a calibration"):
         load_exit(tmp_path)

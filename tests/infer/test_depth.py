@@ -60,12 +60,13 @@ def test_batched_is_single_token_for_token(name: str, kind: Any, make_model: Mak
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_some_tokens_stop_early_and_none_before_the_second_loop(kind: Any, make_model: Make) -> None:
+def test_some_tokens_stop_early_and_none_before_the_rule_can_be_asked(kind: Any, make_model: Make) -> None:
     model = make_model("inject.kind=diagonal", "exit.kind=gate")
     rule = ExitRule(kind, {"latent": 0.3, "kl": 0.02, "entropy": 3.4, "stable": 1, "gate": 0.3}[kind])
     depths = torch.cat([s.depths for s in score_sequences(model, sequences(model), n_loops=12, rule=rule)])
     assert len(depths.unique()) > 1
-    assert depths.min() >= 2
+    assert depths.min() >= rule.first_loop
+    assert depths.min() >= 2 or kind in ("entropy", "gate")
 
 
 def test_where_all_tokens_stop_at_once_it_is_that_many_loops(make_model: Make) -> None:
@@ -87,7 +88,7 @@ def test_the_rules_by_hand(kind: Any, make_model: Make) -> None:
     measured = {
         "latent": [float((b - a).norm() / b.norm()) for a, b in pairwise(states)],
         "kl": [float((b * (b / a).log()).sum()) for a, b in pairwise(p)],
-        "entropy": [float(-(b * b.log()).sum()) for b in p[1:]],
+        "entropy": [float(-(b * b.log()).sum()) for b in p],
     }
     if kind == "gate":
         left = torch.cat([1 - model.exit.done(state) for state in states]).flatten().cumprod(0)  # type: ignore[arg-type]
@@ -99,7 +100,8 @@ def test_the_rules_by_hand(kind: Any, make_model: Make) -> None:
     else:
         values = measured[kind]
         rule = ExitRule(kind, (min(values[:6]) + sorted(values[:6])[1]) / 2)
-        expected = next(loop for loop, value in enumerate(values, start=2) if value < rule.threshold)
+        first = 1 if kind == "entropy" else 2
+        expected = next(loop for loop, value in enumerate(values, start=first) if value < rule.threshold)
     (result,) = score_sequences(model, [ids[0]], n_loops=12, rule=rule)
     assert result.depths.tolist() == [expected]
     torch.testing.assert_close(result.logits, model(ids, n_loops=expected).logits[0], atol=2e-5, rtol=1e-4)

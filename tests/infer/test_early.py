@@ -57,9 +57,9 @@ def recomputed_by_hand(model: LoopedLM, prompt: list[int], rule: ExitRule, *, n_
             state = stopped_at(states, [*depths, loop_idx + 1], n_prompt=len(prompt))
             hidden = model.leave(model.inject.read_out(state), inputs, None)
             before, after = states[loop_idx - 1][:, -1], states[loop_idx][:, -1]
-            change = (after - before).norm(dim=-1) / after.norm(dim=-1)
+            change = (after - before).norm(dim=-1) / after.norm(dim=-1) if loop_idx else torch.full((1,), torch.inf)
             fires, kept = rule.fires(change, model.logits(hidden[:, -1]), kept, model.exit.done(after))
-            if loop_idx and fires.item():
+            if fires.item():
                 depth = loop_idx + 1
                 break
         depths.append(depth)
@@ -86,15 +86,16 @@ def test_recompute_is_each_token_cut_out_of_a_full_forward(name: str, kind: Any,
 
 @pytest.mark.parametrize("missing", ["recompute", "last"])
 @pytest.mark.parametrize("name", EXITING)
-def test_threshold_0_is_full_depth_and_an_easy_rule_two_loops(name: str, missing: Any, make_model: Make) -> None:
+def test_threshold_0_is_full_depth_and_an_easy_rule_the_fewest_loops(name: str, missing: Any, make_model: Make) -> None:
     model = make_model(*parts(name, "gate"))
     for kind in KINDS:
         never = EarlyExit(ExitRule(kind, 0), missing)
         full = generate(model, PROMPTS, eos_id=2, max_new_tokens=9, n_loops=4)
         assert generate(model, PROMPTS, eos_id=2, max_new_tokens=9, n_loops=4, early=never) == full
-    at_once = EarlyExit(ExitRule("latent", 1e6), missing)
-    two = generate(model, PROMPTS, eos_id=2, max_new_tokens=9, n_loops=2)
-    assert generate(model, PROMPTS, eos_id=2, max_new_tokens=9, n_loops=6, early=at_once) == two
+    for kind, first in (("latent", 2), ("entropy", 1), ("gate", 1)):
+        at_once = EarlyExit(ExitRule(kind, 1e6), missing)
+        fewest = generate(model, PROMPTS, eos_id=2, max_new_tokens=9, n_loops=first)
+        assert generate(model, PROMPTS, eos_id=2, max_new_tokens=9, n_loops=6, early=at_once) == fewest
 
 
 @pytest.mark.parametrize("kind", KINDS)

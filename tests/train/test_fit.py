@@ -214,6 +214,14 @@ def test_the_router_bias_follows_the_load_and_is_resumed(tmp_path: Path, tiny_re
     assert all(1 <= record["max_load"] <= 2 for record in records)  # of 4 experts, 2 of which take all tokens at worst
 
 
+def test_the_router_is_balanced_beside_a_gate_too(tmp_path: Path, tiny_reason: list[str]) -> None:
+    gate = ["model.exit={kind: gate}", "train.exit_gate={alone: 0.5}", "train.plan={kind: fixed, n_loops: 2}"]
+    start_run(resolve_run("reason", overrides=[*tiny_reason, *EXPERTS, *gate]), tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert ["max_load" in record for record in records] == [True] * 3 + [False] * 3
+    assert weights(tmp_path / "run")["core.0.ffn.bias"].abs().max() > 0
+
+
 def test_recomputing_loops_trains_the_same(tmp_path: Path, tiny_reason: list[str]) -> None:
     for name in ("kept", "recomputed"):
         overrides = [*tiny_reason, *EXPERTS, f"train.recompute={str(name == 'recomputed').lower()}"]
@@ -328,6 +336,19 @@ def test_a_used_up_budget_says_so(tmp_path: Path, tiny_reason: list[str]) -> Non
     start_run(resolve_run("reason", overrides=tiny_reason), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"is used up: .* 6 steps.*counted from the start"):
         resume_run(tmp_path / "run")
+
+
+def test_a_text_that_changed_under_a_run_is_refused(tmp_path: Path, tiny_reason: list[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be, " * 100)
+    changes = [f"data.path={text}", "data.row_len=32", *(each for each in tiny_reason if each.startswith("train."))]
+    run = tmp_path / "run"
+    start_run(resolve_run("text", overrides=changes), run, observers=(interrupt_at(2),))
+    text.write_text("to be or not to be; " * 100)
+    with pytest.raises(CheckpointError, match="has changed since it began: put back"):
+        resume_run(run)
+    text.write_text("to be or not to be, " * 100)
+    assert resume_run(run).position.step == 6
 
 
 def test_a_run_stopped_before_its_first_checkpoint_resumes_from_the_start(

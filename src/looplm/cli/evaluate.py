@@ -62,8 +62,6 @@ def evaluate(
         raise ConfigError(f"--n {n} is too small; give 1 or more")
     if suite not in (None, "reasoning", "s3", "loops"):
         raise ConfigError(f"no suite {suite!r}; there is reasoning, s3 and loops")
-    if plot is not None and suite != "loops":
-        raise ConfigError("--plot draws the loops suite; add --suite loops")
     if missing is not None and exit_rule is None:
         raise ConfigError("--missing says what --exit leaves out; give --exit too")
     for option, path in (("--json", json_out), ("--plot", plot)):
@@ -71,7 +69,12 @@ def evaluate(
             _check_writable(path, option=option)
     loaded = load_run(run)
     trained_on = loaded.config.get("data", {}).get("kind")
-    if suite == "loops" or (suite is None and trained_on == "bytes"):
+    suite = "loops" if suite is None and trained_on == "bytes" else suite
+    if plot is not None and suite != "loops":
+        raise ConfigError("--plot draws the loops suite; add --suite loops")
+    if suite == "loops":
+        if trained_on == "bytes":
+            _refuse({"--n": n}, "counts questions or sequences; of a text all held-out bytes are scored")
         others = {"--questions": questions, "--harder": harder, "--lengths": lengths, "--exit": exit_rule}
         _refuse(others, "is for the other suites; loops takes --n, --loops and --plot")
         scores = {"suite": "loops", **_dial(loaded, loops=loops, n=n, plot=plot)}
@@ -106,7 +109,12 @@ def calibrate(
     run: Annotated[str, typer.Argument(help="A run folder of `looplm train s3` or `looplm train reason-deep`.")],
     max_loss: Annotated[float, typer.Option(help="Most accuracy to lose, as a share: 0.005 is half a point.")] = 0.005,
     confidence: Annotated[float, typer.Option(help="Probability with which that holds.")] = 0.95,
-    rule: Annotated[str, typer.Option(help="What is measured: latent, kl, entropy or stable.")] = "latent",
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            help="What is measured: latent, kl, entropy, stable or gate.", show_default="s3: latent; text: entropy"
+        ),
+    ] = None,
     lengths: Annotated[
         str | None,
         typer.Option(help="For s3: sequence lengths, an equal share of each.", show_default="12,24,48"),
@@ -127,24 +135,25 @@ def calibrate(
     from looplm.cli.progress import CountProgress
     from looplm.cli.show import trials_table
     from looplm.errors import ConfigError
-    from looplm.eval.exits import FILE, GRIDS, TEXT_GRIDS, as_calibration, as_record
+    from looplm.eval.exits import FILE, GRIDS, TEXT_GRIDS, as_calibration, as_record, check_promise, weights_name
     from looplm.eval.exits import calibrate as find
     from looplm.infer.decoders import EarlyExit
 
     for option, share in (("--max-loss", max_loss), ("--confidence", confidence)):
         if not 0 < share < 1:
             raise ConfigError(f"{option} {share:g} is a share: give a number between 0 and 1")
-    if n < 1:
-        raise ConfigError(f"--n {n} is too small; give 1 or more")
-    if ":" in rule:
+    check_promise(n, max_loss=max_loss, confidence=confidence)
+    if rule is not None and ":" in rule:
         raise ConfigError(f"--rule {rule!r} names a threshold, which is what is looked for; give the kind alone")
-    early = EarlyExit.parse(rule, missing=missing)
-    folder, kind = run_folder(run), early.rule.kind
+    folder = run_folder(run)
     for option, path in (("--json", json_out), ("RUN", folder / FILE)):
         if path is not None:
             _check_writable(path, option=option)
     loaded = load_run(run)
-    if loaded.config.get("data", {}).get("kind") == "permutations":
+    is_s3 = loaded.config.get("data", {}).get("kind") == "permutations"
+    early = EarlyExit.parse(rule or ("latent" if is_s3 else "entropy"), missing=missing)
+    kind = early.rule.kind
+    if is_s3:
         _refuse({"--missing": missing}, "is for text; sequences are scored whole")
         grids = GRIDS
         make, asked = _sequence_trials(loaded, lengths=lengths or "12,24,48", loops=loops or "2n", n=n)
@@ -155,7 +164,8 @@ def calibrate(
     with CountProgress("measuring", n * (1 + len(grids[kind]))) as progress:
         tried, best = find(make(progress), kind=kind, max_loss=max_loss, confidence=confidence)
     trials_table(tried, best, confidence=confidence)
-    found = as_calibration(best, max_loss=max_loss, confidence=confidence, missing=early.missing, asked=asked)
+    promise: dict[str, Any] = {"max_loss": max_loss, "confidence": confidence, "missing": early.missing, "asked": asked}
+    found = as_calibration(best, **promise, weights=weights_name(folder))
     found.save(folder)
     typer.echo(
         f"{found.rule}: {100 * best.saved:.0f} % fewer loops; at most {100 * found.bound:.2f} points lost with "

@@ -1,6 +1,7 @@
 """Text as its bytes: a file's first nine tenths to learn from, its last tenth held out. Nothing to train or download
 first, and a loss in bits per byte that models with tokenizers of their own can be held against."""
 
+import hashlib
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +35,10 @@ class BytesSource:
 
     def __init__(self, config: BytesConfig, *, seed: int, held_out: bool = False) -> None:
         self.config, self.seed, self.held_out = config, seed, held_out
-        self.bytes = read_part(Path(config.path), held_out=held_out)
+        whole = _read(Path(config.path))
+        self.fingerprint = hashlib.sha256(whole).hexdigest()
+        split = round(len(whole) * (1 - HELD_OUT_SHARE))
+        self.bytes = whole[split:] if held_out else whole[:split]
         if len(self.bytes) <= config.row_len:
             raise DataError(
                 f"text {config.path!r} leaves {len(self.bytes)} bytes to {'score' if held_out else 'learn from'}, and "
@@ -64,11 +68,8 @@ class BytesSource:
         return Batch(torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:]))
 
 
-def read_part(path: Path, *, held_out: bool) -> NDArray[np.uint8]:
-    """The part of a file to learn from, or the held-out one."""
+def _read(path: Path) -> NDArray[np.uint8]:
     try:
-        read = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+        return np.frombuffer(path.read_bytes(), dtype=np.uint8)
     except OSError as error:
         raise DataError(f"text {str(path)!r} cannot be read ({error.strerror}); name a file: data.path=FILE") from None
-    split = round(len(read) * (1 - HELD_OUT_SHARE))
-    return read[split:] if held_out else read[:split]

@@ -19,6 +19,9 @@ from looplm.data.tokenizer import PAD_ID, reasoning_tokenizer
 class Source(Protocol):
     """Batches by number."""
 
+    fingerprint: str
+    """What has to be the same for a run to go on as it would have; empty for what is made up as it goes."""
+
     def batch(self, index: int) -> Batch:
         """Micro-batch number `index`."""
         ...
@@ -77,6 +80,8 @@ DataConfig = Annotated[ReasoningConfig | PermutationsConfig | BytesConfig, Field
 class ReasoningSource:
     """Fresh training questions for ever; test questions are drawn again. With `held_out` the other way round."""
 
+    fingerprint = ""
+
     def __init__(self, config: ReasoningConfig, *, seed: int, held_out: bool = False) -> None:
         self.config = config
         self.seed = seed
@@ -102,6 +107,8 @@ class ReasoningSource:
 
 class PermutationsSource:
     """Fresh S3 sequences, all of one length per batch, lengths growing over the first n_ramp batches."""
+
+    fingerprint = ""
 
     def __init__(self, config: PermutationsConfig, *, seed: int) -> None:
         self.config = config

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from looplm.checkpoint import write_text
+from looplm.checkpoint import weights_folder, write_text
 from looplm.data.tasks import REASONING, permutations
 from looplm.errors import CheckpointError, ConfigError
 from looplm.eval.interval import Score
@@ -89,6 +89,8 @@ class Calibration:
     """What it was calibrated on."""
     mean_loops: float
     full_loops: float
+    weights: str
+    """The checkpoint that it holds for; empty for weights that stay as they are."""
 
     def save(self, run: Path) -> None:
         """Into the run folder, whole or not at all."""
@@ -102,11 +104,23 @@ def load_exit(run: Path) -> EarlyExit:
         raise CheckpointError(f"{str(run)!r} has no calibrated exit rule; make one with `looplm calibrate {run}`")
     try:
         stored = json.loads(path.read_text())
-        return EarlyExit(ExitRule.parse(str(stored["rule"])), stored.get("missing", "recompute"))
+        early, calibrated = EarlyExit(ExitRule.parse(str(stored["rule"])), stored["missing"]), str(stored["weights"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{str(path)!r} is not a calibration ({error}); make it again with `looplm calibrate`"
         ) from None
+    if calibrated != weights_name(run):
+        raise CheckpointError(
+            f"{str(path)!r} is of {calibrated or 'other weights'} and the run is at {weights_name(run) or 'others'}: "
+            f"what it promises may not hold for them; calibrate again with `looplm calibrate {run}`"
+        )
+    return early
+
+
+def weights_name(run: Path) -> str:
+    """What `Calibration.weights` is for a run folder as it stands."""
+    weights = weights_folder(run)
+    return "" if weights == run else weights.name
 
 
 def upper_bound(n_hits: int, n: int, *, confidence: float) -> float:
@@ -128,9 +142,14 @@ def upper_bound(n_hits: int, n: int, *, confidence: float) -> float:
     return high
 
 
-def fewest_sequences(*, max_loss: float, confidence: float) -> int:
-    """Sequences without one broken that it takes to promise max_loss."""
-    return math.ceil(math.log(1 - confidence) / math.log1p(-max_loss))
+def check_promise(n: int, *, max_loss: float, confidence: float) -> None:
+    """Refuse to promise max_loss of so few sequences that it could not be shown with none of them broken."""
+    needed = math.ceil(math.log(1 - confidence) / math.log1p(-max_loss))
+    if n < needed:
+        raise ConfigError(
+            f"{n} questions cannot show a loss of at most {max_loss:g} with confidence {confidence:g}; "
+            f"give --n {needed} or more"
+        )
 
 
 class Trials(ABC):
@@ -237,12 +256,7 @@ def calibrate(trials: Trials, *, kind: RuleKind, max_loss: float, confidence: fl
     Raises:
         ConfigError: too few sequences for the promise, or even the strictest threshold breaks it.
     """
-    needed = fewest_sequences(max_loss=max_loss, confidence=confidence)
-    if trials.n < needed:
-        raise ConfigError(
-            f"{trials.n} questions cannot show a loss of at most {max_loss:g} with confidence {confidence:g}; "
-            f"give --n {needed} or more"
-        )
+    check_promise(trials.n, max_loss=max_loss, confidence=confidence)
     tried: list[Trial] = []
     for threshold in trials.grids[kind]:
         tried.append(trials.run(ExitRule(kind, threshold)))
@@ -258,7 +272,9 @@ def calibrate(trials: Trials, *, kind: RuleKind, max_loss: float, confidence: fl
     return tried, kept[-1]
 
 
-def as_calibration(trial: Trial, *, max_loss: float, confidence: float, missing: Missing, asked: str) -> Calibration:
+def as_calibration(
+    trial: Trial, *, max_loss: float, confidence: float, missing: Missing, asked: str, weights: str
+) -> Calibration:
     """What is stored of the chosen trial."""
     return Calibration(
         rule=str(trial.rule),
@@ -271,6 +287,7 @@ def as_calibration(trial: Trial, *, max_loss: float, confidence: float, missing:
         asked=asked,
         mean_loops=trial.mean_loops,
         full_loops=trial.full_loops,
+        weights=weights,
     )
 
 

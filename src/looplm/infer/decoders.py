@@ -30,7 +30,8 @@ class EarlyExit:
     rule: ExitRule
     missing: Missing = "recompute"
     """recompute: a token runs a loop that it left out once a later token of its text runs it, beside that one. All keys
-    are then those of full depth; the only error is in the stopped token's own output.
+    of the loops are then those of full depth, and the only error is in the stopped token's own output; a coda keeps the
+    keys of the state in which the token stopped.
     last: the keys of its last loop stand in for those of all later ones. Nothing is made up for; later tokens err by
     what the loops left out would still have changed in these keys: nothing for a state that has settled. Within a
     prompt a token stops only once all before it have."""
@@ -264,7 +265,9 @@ class StopsEarly(PartialDepth):
 
     def _leave_behind(self, text: int, places: list[int], loop_idx: int) -> None:
         if places:
-            self.late[text].setdefault(loop_idx, []).extend(places)
+            waiting = self.late[text].setdefault(loop_idx, [])
+            there = set(waiting)  # a text that has ended may write over its last place again and again
+            waiting += [place for place in places if place not in there]
 
     def _repeat_keys(self, stopped: list[tuple[int, int]], n_run: int) -> None:
         """What tokens (text, place) have in the slots of their last loop, in those of all later ones too."""

@@ -276,7 +276,7 @@ class _Fit:
         config = self.config
         if config.exit_gate is not None:
             alone = config.progress(self.position) >= 1 - config.exit_gate.alone
-            return exit_gate_loss(self.model, batch, plan, config.exit_gate, alone=alone)
+            return exit_gate_loss(self.model, batch, plan, config.exit_gate, alone=alone, loads=loads)
         return next_token_loss(
             self.model,
             batch,
@@ -341,6 +341,10 @@ class _Fit:
             position, runtime = Position(**state["position"]), Runtime(**state["runtime"])
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"the newest checkpoint of {self.folder} holds no training state ({error})") from None
+        if state.get("fingerprint", self.source.fingerprint) != self.source.fingerprint:
+            raise CheckpointError(
+                f"the data of {self.folder} has changed since it began: put back what it learned from, or begin anew"
+            )
         if runtime.device == "cuda" and not torch.cuda.is_available():
             raise CheckpointError(
                 f"{self.folder} was trained on a GPU and torch sees none: resume it where there is one"
@@ -355,6 +359,8 @@ class _Fit:
 
     def _choose_runtime(self) -> Runtime:
         config = self.config
+        if isinstance(self.source, PermutationsSource):
+            self.source.level = self.source.n_levels
         batch = self.source.batch(PROBE_BATCH)
         n_rows, n_tokens = batch.ids.shape
         plan = config.plan.sample(np.random.default_rng(config.seed), n_tokens=n_tokens, n_rows=n_rows)
@@ -380,7 +386,11 @@ class _Fit:
             step=self.position.step,
             model=self.model,
             optimizers=self.optimizers,
-            state={"position": asdict(self.position), "runtime": asdict(self.runtime)},
+            state={
+                "position": asdict(self.position),
+                "runtime": asdict(self.runtime),
+                "fingerprint": self.source.fingerprint,
+            },
             keep=self.config.keep,
         )
 

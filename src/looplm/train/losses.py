@@ -51,9 +51,17 @@ class ExitGateConfig(Config):
     """Share of the budget, its end, in which the gate is trained alone."""
 
 
-def exit_gate_loss(model: LoopedLM, batch: Batch, plan: LoopPlan, config: ExitGateConfig, *, alone: bool) -> Tensor:
+def exit_gate_loss(
+    model: LoopedLM,
+    batch: Batch,
+    plan: LoopPlan,
+    config: ExitGateConfig,
+    *,
+    alone: bool,
+    loads: list[tuple[int, Tensor]] | None = None,
+) -> Tensor:
     """The loss of a model with a learned gate, of its first stage or with `alone` of its second. Costs coda and head
-    once per loop.
+    once per loop. In the first stage the routers' loads are appended to `loads`.
 
     Raises:
         DataError: no position is scored.
@@ -61,6 +69,8 @@ def exit_gate_loss(model: LoopedLM, batch: Batch, plan: LoopPlan, config: ExitGa
     asides = Asides()
     with torch.set_grad_enabled(torch.is_grad_enabled() and not alone):
         unrolled = _unroll(model, batch, plan, asides=asides)
+    if loads is not None and not alone:
+        loads.extend(asides.loads)
     index = _scored(batch)
     targets = batch.targets.flatten()[index]
 
@@ -75,7 +85,8 @@ def exit_gate_loss(model: LoopedLM, batch: Batch, plan: LoopPlan, config: ExitGa
     if alone:
         gain = (by_loop[:-1] - by_loop[1:]).clamp(min=0)
         goes_on = torch.sigmoid(GAIN_SHARPNESS * (gain - LEAST_GAIN))
-        return F.binary_cross_entropy(1 - done[1:], goes_on) if len(done) > 1 else 0 * done.sum()
+        with torch.autocast(done.device.type, enabled=False):  # refused under it on a GPU, though all is fp32
+            return F.binary_cross_entropy(1 - done[1:], goes_on.float()) if len(done) > 1 else 0 * done.sum()
     left = torch.cat((torch.ones_like(done[:1]), (1 - done[:-1]).cumprod(0)))
     leaves = torch.cat((left[:-1] * done[:-1], left[-1:]))  # the last loop takes what is left
     entropy = -(leaves * leaves.clamp(min=1e-9).log()).sum(0)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from looplm.checkpoint import LoadedRun
 from looplm.cli.main import app
 from looplm.data.pack import IGNORE
-from looplm.data.sources import ReasoningConfig, ReasoningSource
+from looplm.data.sources import ReasoningConfig, ReasoningSource, parse_data
 from looplm.data.tasks.example import is_test_question
 from looplm.errors import CheckpointError, ConfigError
 from looplm.eval.interval import Score
@@ -101,7 +101,7 @@ def test_held_out_worked_solutions_are_of_test_questions_only() -> None:
 
 
 def test_loss_and_states_are_those_of_the_forward(s3_run: LoadedRun) -> None:
-    model, batches = s3_run.model, held_out_batches(s3_run, n_batches=1)
+    model, batches = s3_run.model, held_out_batches(parse_data(s3_run.config["data"], source="s3"), n_batches=1)
     (batch,) = batches
     with torch.inference_mode():
         logits = model(batch.ids, n_loops=3).logits

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from looplm.optim.muon import Muon, orthogonalize
+from looplm.optim.muon import POLAR_EXPRESS, Muon, orthogonalize
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -64,3 +64,45 @@ def test_in_fp32_the_iteration_is_that_of_fp64() -> None:
     exact = orthogonalize(matrices.double(), dtype=torch.float64)
     torch.testing.assert_close(orthogonalize(matrices, dtype=torch.float32).double(), exact, rtol=1e-4, atol=1e-4)
     assert (orthogonalize(matrices).double() - exact).abs().max() > 1e-3  # in bf16 it is not
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
+def test_normuon_is_the_written_out_step(shape: tuple[int, int]) -> None:
+    """As spec nanochat has it, one matrix at a time."""
+    torch.manual_seed(1)
+    parameter = nn.Parameter(torch.randn(shape))
+    p, momentum, second = parameter.detach().clone(), torch.zeros(shape), None
+    optimizer = Muon([parameter], lr=0.02, momentum=0.9, weight_decay=0.3, beta2=0.8, dtype=torch.float32)
+    m, n = shape
+    for _ in range(3):
+        parameter.grad = torch.randn(shape)
+        momentum = 0.9 * momentum + 0.1 * parameter.grad
+        x = 0.1 * parameter.grad + 0.9 * momentum
+        x = x * (x.norm() / m**0.5 / x.norm(dim=1, keepdim=True))
+        x = x / (1.01 * x.norm() + 1e-6)
+        for a, b, c in POLAR_EXPRESS:
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        x = x * (min(m, n) ** 0.5 / x.norm())
+        squares = x.square().mean(dim=1 if m >= n else 0, keepdim=True)
+        second = 0.2 * squares + (0 if second is None else 0.8 * second)
+        size = x.norm()
+        x = x / second.sqrt()
+        x = x * (size / x.norm())
+        rate = 0.02 * max(1, m / n) ** 0.5
+        p = p - rate * x - rate * 0.3 * p * (x * p >= 0)
+        optimizer.step()
+        torch.testing.assert_close(parameter.detach(), p, atol=1e-5, rtol=1e-4)
+
+
+def test_a_stack_of_experts_takes_normuon_s_steps_one_by_one() -> None:
+    stack = nn.Parameter(torch.randn(3, 8, 5))
+    single = [nn.Parameter(matrix.clone()) for matrix in stack.detach()]
+    optimizers = [Muon(each, lr=0.02, beta2=0.9, weight_decay=0.1, dtype=torch.float32) for each in ([stack], single)]
+    for _ in range(3):
+        stack.grad = torch.randn_like(stack)
+        for matrix, gradient in zip(single, stack.grad, strict=True):
+            matrix.grad = gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(stack.detach(), torch.stack([matrix.detach() for matrix in single]))

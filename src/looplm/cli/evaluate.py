@@ -57,6 +57,7 @@ def evaluate(
     from looplm.checkpoint import load_run
     from looplm.cli.arguments import early_exit
     from looplm.errors import ConfigError
+    from looplm.eval.loops import TEXT_KINDS
 
     if n is not None and n < 1:
         raise ConfigError(f"--n {n} is too small; give 1 or more")
@@ -69,12 +70,12 @@ def evaluate(
             _check_writable(path, option=option)
     loaded = load_run(run)
     trained_on = loaded.config.get("data", {}).get("kind")
-    suite = "loops" if suite is None and trained_on == "bytes" else suite
+    suite = "loops" if suite is None and trained_on in TEXT_KINDS else suite
     if plot is not None and suite != "loops":
         raise ConfigError("--plot draws the loops suite; add --suite loops")
     if suite == "loops":
-        if trained_on == "bytes":
-            _refuse({"--n": n}, "counts questions or sequences; of a text all held-out bytes are scored")
+        if trained_on in TEXT_KINDS:
+            _refuse({"--n": n}, "counts questions or sequences; of a text all that is held out is scored")
         others = {"--questions": questions, "--harder": harder, "--lengths": lengths, "--exit": exit_rule}
         _refuse(others, "is for the other suites; loops takes --n, --loops and --plot")
         scores = {"suite": "loops", **_dial(loaded, loops=loops, n=n, plot=plot)}

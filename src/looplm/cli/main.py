@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from looplm.cli import compare, convert, evaluate, inspect, talk, train
+from looplm.cli import compare, convert, data, evaluate, inspect, talk, train
 from looplm.errors import LooplmError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("config")(inspect.config)
 app.command("import")(convert.import_)
 app.command("export")(convert.export)
 app.command("demo")(evaluate.demo)
+app.add_typer(data.app, name="data")
 
 
 def main() -> None:

@@ -30,7 +30,9 @@ class TrainingProgress:
             console=Console(stderr=True),
             transient=False,
         )
-        self._task = self._bar.add_task(label, total=1.0, numbers="starting: probing the machine, compiling")
+        self._task = self._bar.add_task(
+            label, total=1.0, numbers="starting: reading data, probing the machine, compiling"
+        )
 
     def __enter__(self) -> "TrainingProgress":
         if self.is_terminal:

@@ -65,7 +65,9 @@ def chat(
 
 def generate(
     run: RunArgument,
-    prompt: Annotated[list[str], typer.Option(help="A question; repeat the option for a batch.")],
+    prompt: Annotated[
+        list[str], typer.Option(help="A question, or the beginning of a text; repeat the option for a batch.")
+    ],
     loops: Annotated[int | None, typer.Option(help="Passes through the core.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 320,
     temperature: Temperature = 0.0,
@@ -80,13 +82,16 @@ def generate(
     compiled: Compile = False,
     json_out: Annotated[bool, typer.Option("--json", help="Print one JSON object a prompt.")] = False,
 ) -> None:
-    """Answer prompts, all in one batch."""
+    """Answer prompts, or go on with them where the run was trained on plain text; all in one batch."""
     import json
     import time
 
     import torch
 
-    from looplm.eval.reasoning import load_reasoner
+    from looplm.checkpoint import load_run
+    from looplm.eval.loops import TEXT_KINDS
+    from looplm.eval.reasoning import as_reasoner
+    from looplm.eval.text import as_completer
 
     sampling = _sampling(
         temperature=temperature,
@@ -98,32 +103,39 @@ def generate(
     )
     depth = _depth(run, exit_rule=exit_rule, missing=missing, draft=draft)
     torch.set_num_threads(1)  # a model this small decodes no faster on two, and far slower on two busy ones
-    reasoner = load_reasoner(run)
+    loaded = load_run(run)
+    is_text = loaded.config.get("data", {}).get("kind") in TEXT_KINDS
+    answer: Any = as_completer(loaded, run=run).complete if is_text else as_reasoner(loaded, run=run).answer
     if compiled:
-        reasoner.model.compile_decoding()
+        loaded.model.compile_decoding()
         typer.secho("Compiling while the first token is written: ten seconds to a minute.", dim=True, err=True)
     started = time.perf_counter()
-    replies = reasoner.answer(prompt, n_loops=loops, max_new_tokens=max_new_tokens, sampling=sampling, **depth)
+    replies = answer(prompt, n_loops=loops, max_new_tokens=max_new_tokens, sampling=sampling, **depth)
     seconds = time.perf_counter() - started
-    for question, reply in zip(prompt, replies, strict=True):
+    for asked, reply in zip(prompt, replies, strict=True):
         if json_out:
-            record = {
-                "prompt": question,
-                "answer": reply.completion.answer,
-                "steps": list(reply.completion.steps),
-                "well_formed": reply.completion.well_formed,
-                "text": reply.text,
-                "n_loops": loops or reasoner.model.config.n_loops,
+            record = {"prompt": asked, **({} if is_text else _answered(reply)), "text": reply.text}
+            record |= {
+                "n_loops": loops or loaded.model.config.n_loops,
                 "mean_loops": round(sum(reply.generation.depths) / len(reply.generation.depths), 3),
                 "n_tokens": len(reply.generation.ids),
                 "stopped_by": reply.generation.stopped_by,
                 "seconds": round(seconds, 4),
             }
             typer.echo(json.dumps(record))
+        elif is_text:
+            typer.secho(asked, dim=True, nl=False)
+            typer.echo(reply.text)
         else:
             for step in reply.completion.steps:
                 typer.secho(f"  {step}", dim=True)
             typer.echo(reply.completion.answer if reply.completion.answer is not None else reply.text)
+
+
+def _answered(reply: Any) -> dict[str, Any]:
+    """What is told of an answer."""
+    completion = reply.completion
+    return {"answer": completion.answer, "steps": list(completion.steps), "well_formed": completion.well_formed}
 
 
 def _depth(run: str, *, exit_rule: str | None, missing: str | None, draft: int | None) -> dict[str, Any]:

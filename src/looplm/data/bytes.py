@@ -36,7 +36,7 @@ class BytesSource:
     def __init__(self, config: BytesConfig, *, seed: int, held_out: bool = False) -> None:
         self.config, self.seed, self.held_out = config, seed, held_out
         whole = _read(Path(config.path))
-        self.fingerprint = hashlib.sha256(whole).hexdigest()
+        self.fingerprint = hashlib.sha256(whole.tobytes()).hexdigest()
         split = round(len(whole) * (1 - HELD_OUT_SHARE))
         self.bytes = whole[split:] if held_out else whole[:split]
         if len(self.bytes) <= config.row_len:
@@ -44,6 +44,11 @@ class BytesSource:
                 f"text {config.path!r} leaves {len(self.bytes)} bytes to {'score' if held_out else 'learn from'}, and "
                 f"a row has {config.row_len} and one more; give a longer text or lower data.row_len"
             )
+
+    @property
+    def token_bytes(self) -> NDArray[np.int64]:
+        """How many bytes each id stands for (256,)."""
+        return np.ones(VOCAB_SIZE, dtype=np.int64)
 
     @property
     def n_held_out(self) -> int:

@@ -128,17 +128,16 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
     """A file or what a .zst holds; its faults as a DataError."""
     try:
         if path.suffix == ".zst":
-            zstandard = _extra("zstandard", what=f"{str(path)!r} is compressed")
-            with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as inner:
-                try:
-                    yield io.BufferedReader(inner)
-                except zstandard.ZstdError as error:
-                    raise DataError(f"{str(path)!r} is not whole zstd ({error}); fetch it again") from None
+            arrow = _extra("pyarrow", what=f"{str(path)!r} is compressed")
+            with arrow.input_stream(str(path), compression="zstd") as file:
+                yield io.BufferedReader(file)
         else:
             with path.open("rb") as file:
                 yield file
     except OSError as error:
-        raise DataError(f"{str(path)!r} cannot be read ({error.strerror or error})") from None
+        is_cut = path.suffix == ".zst" and path.is_file()
+        mend = "is not whole zstd" if is_cut else "cannot be read"
+        raise DataError(f"{str(path)!r} {mend} ({error.strerror or error})") from None
 
 
 def _parquet(path: Path) -> Iterator[Any]:

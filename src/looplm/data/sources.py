@@ -2,15 +2,17 @@
 any number of workers gives the same batches in the same order."""
 
 import random
-from typing import Annotated, Literal, Protocol
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from looplm.config import Config, did_you_mean
+from looplm.config import Config, did_you_mean, parse
 from looplm.data.bytes import BytesConfig, BytesSource
 from looplm.data.pack import Batch, Document, pack
+from looplm.data.prepared import PreparedConfig, PreparedSource
 from looplm.data.tasks import REASONING, permutations
 from looplm.data.tasks.example import is_test_question, render_completion, render_prompt
 from looplm.data.tokenizer import PAD_ID, reasoning_tokenizer
@@ -74,7 +76,17 @@ class PermutationsConfig(Config):
         return self
 
 
-DataConfig = Annotated[ReasoningConfig | PermutationsConfig | BytesConfig, Field(discriminator="kind")]
+DataConfig = Annotated[ReasoningConfig | PermutationsConfig | BytesConfig | PreparedConfig, Field(discriminator="kind")]
+TextSource = BytesSource | PreparedSource
+
+
+class _HasData(Config):
+    data: DataConfig
+
+
+def parse_data(data: Mapping[str, Any], *, source: str) -> DataConfig:
+    """The `data:` section of a run's config."""
+    return parse(_HasData, {"data": data}, source=source).data
 
 
 class ReasoningSource:
@@ -138,8 +150,24 @@ class PermutationsSource:
         return Batch(torch.from_numpy(ids), torch.from_numpy(targets))
 
 
-def make_source(config: ReasoningConfig | PermutationsConfig | BytesConfig, *, seed: int) -> Source:
+def row_length(config: DataConfig) -> int:
+    """Tokens of the longest row or sequence that `config` gives."""
+    if isinstance(config, PermutationsConfig):
+        return config.max_len + 1
+    return config.longest_row if isinstance(config, PreparedConfig) else config.row_len
+
+
+def held_out_text(config: BytesConfig | PreparedConfig) -> TextSource:
+    """The part of a text that is never learned from."""
+    if isinstance(config, PreparedConfig):
+        return PreparedSource(config, seed=0, held_out=True)
+    return BytesSource(config, seed=0, held_out=True)
+
+
+def make_source(config: DataConfig, *, seed: int) -> Source:
     """The source that `config` names."""
+    if isinstance(config, PreparedConfig):
+        return PreparedSource(config, seed=seed)
     if isinstance(config, BytesConfig):
         return BytesSource(config, seed=seed)
     if isinstance(config, PermutationsConfig):

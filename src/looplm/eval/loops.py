@@ -5,19 +5,26 @@ A looped model *settles* when later loops change the state less and less: then m
 state has settled can stop. One that *drifts* falls apart beyond the depth it was trained at.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from looplm.checkpoint import LoadedRun
-from looplm.config import parse
-from looplm.data.bytes import BytesConfig, BytesSource
 from looplm.data.pack import IGNORE, Batch
-from looplm.data.sources import ReasoningConfig, ReasoningSource
+from looplm.data.sources import (
+    DataConfig,
+    PermutationsConfig,
+    ReasoningConfig,
+    ReasoningSource,
+    held_out_text,
+    parse_data,
+)
 from looplm.data.tasks import permutations
 from looplm.errors import CheckpointError
 from looplm.eval.interval import Score
@@ -29,6 +36,7 @@ from looplm.model.partial import relative_change
 
 BEYOND = 4  # times the trained depth
 MAX_TEXT_BATCHES = 32
+TEXT_KINDS = ("bytes", "prepared")
 N_BATCHES = 4  # for loss and states: rows of worked solutions, or sequences
 LOSS_SEED = 20261124
 # Of the loops beyond the trained depth. The state's size may grow by this before it counts as drifting ...
@@ -137,20 +145,20 @@ def measure_dial(
     `on_progress` hears after each."""
     trained, model = trained_depth(loaded), loaded.model
     counts = sorted({*(counts or dial_counts(trained)), trained})
-    batches, what = held_out_batches(loaded), f"{n} sequences of {trained} permutations, all positions right"
+    batches, what = held_out_batches(_data(loaded)), f"{n} sequences of {trained} permutations, all positions right"
     kind = _kind(loaded)
     if kind == "reasoning":
         reasoner, questions = as_reasoner(loaded, run=loaded.path), held_out_questions(n)
         what = f"{n} held-out questions of each task, greedy, exact match"
-    elif kind == "bytes":
-        what = "held-out bytes, the likeliest next one right"
+    elif kind in TEXT_KINDS:
+        what = f"held-out {'bytes' if kind == 'bytes' else 'tokens'}, the likeliest next one right"
     rows = []
     for count in counts:
         if kind == "reasoning":
             tasks = evaluate(reasoner, questions, n_loops=count).scores
             scores = [score for task, score in tasks.items() if task != FORMAT_TASK]
             score = Score(sum(each.n_right for each in scores), sum(each.n for each in scores))
-        elif kind == "bytes":
+        elif kind in TEXT_KINDS:
             score = next_token_score(model, batches, n_loops=count)
         else:
             score = evaluate_staircase(model, lengths=[trained], rules=[str(count)], n_sequences=n)[0].exact
@@ -161,16 +169,16 @@ def measure_dial(
     return Dial(trained, what, rows, states, diagnose(states, trained=trained))
 
 
-def held_out_batches(loaded: LoadedRun, *, n_batches: int = N_BATCHES) -> list[Batch]:
-    """Batches that training never sees, of the kind the run was trained on."""
-    if _kind(loaded) == "reasoning":
+def held_out_batches(data: DataConfig, *, n_batches: int = N_BATCHES) -> list[Batch]:
+    """Batches that training never sees, of the kind that `data` gives."""
+    if isinstance(data, ReasoningConfig):
         source = ReasoningSource(ReasoningConfig(n_rows=8), seed=LOSS_SEED, held_out=True)
         return [source.batch(number) for number in range(n_batches)]
-    if _kind(loaded) == "bytes":
-        text = BytesSource(parse(BytesConfig, loaded.config["data"], source=str(loaded.path)), seed=0, held_out=True)
+    if not isinstance(data, PermutationsConfig):
+        text = held_out_text(data)
         return [text.batch(number) for number in range(min(text.n_held_out, MAX_TEXT_BATCHES))]
     rng = np.random.default_rng(LOSS_SEED)
-    drawn = [permutations.sequences(rng, n_sequences=50, length=_longest(loaded)) for _ in range(n_batches)]
+    drawn = [permutations.sequences(rng, n_sequences=50, length=data.max_len) for _ in range(n_batches)]
     return [Batch(torch.from_numpy(ids), torch.from_numpy(answers)) for ids, answers in drawn]
 
 
@@ -178,13 +186,26 @@ def held_out_batches(loaded: LoadedRun, *, n_batches: int = N_BATCHES) -> list[B
 def held_out_loss(model: LoopedLM, batches: Sequence[Batch], *, n_loops: int) -> float:
     """Mean cross-entropy over the scored tokens of all batches, nats."""
     total, n_scored = 0.0, 0
-    for batch in batches:
+    for batch in (each.to(model.embed.weight.device) for each in batches):
         hidden = model.hidden(batch.ids, plan=LoopPlan(n_loops), documents=batch.documents)
         scored = batch.targets != IGNORE
         n = int(scored.sum())
         total += n * float(model.cross_entropy(hidden[scored], batch.targets[scored]))
         n_scored += n
     return total / n_scored
+
+
+def bits_per_byte(model: LoopedLM, batches: Sequence[Batch], token_bytes: NDArray[np.int64], *, n_loops: int) -> float:
+    """Cross-entropy of text over its UTF-8 bytes, in bits: what models with other tokenizers can be held against.
+    Tokens that stand for no byte (tags) are not scored."""
+    n_bytes = torch.from_numpy(token_bytes)
+    scored, total = [], 0
+    for batch in batches:
+        each = torch.where(batch.targets == IGNORE, 0, n_bytes[batch.targets.clamp(min=0)])
+        total += int(each.sum())
+        scored.append(replace(batch, targets=batch.targets.masked_fill(each == 0, IGNORE)))
+    n_scored = sum(int((batch.targets != IGNORE).sum()) for batch in scored)
+    return held_out_loss(model, scored, n_loops=n_loops) * n_scored / math.log(2) / total
 
 
 @torch.inference_mode()
@@ -237,12 +258,16 @@ def diagnose(states: Sequence[StateAt], *, trained: int) -> Diagnosis | None:
     return Diagnosis(kind, rate, last, growth)
 
 
+def _data(loaded: LoadedRun) -> DataConfig:
+    return parse_data(loaded.config["data"], source=str(loaded.path))
+
+
 def _kind(loaded: LoadedRun) -> str:
     kind = loaded.config.get("data", {}).get("kind")
-    if kind not in ("reasoning", "permutations", "bytes"):
+    if kind not in ("reasoning", "permutations", *TEXT_KINDS):
         raise CheckpointError(
-            f"{loaded.path} was trained on {kind!r}; the loops suite measures runs of `looplm train` with reason, s3 "
-            "or text"
+            f"{loaded.path} was trained on {kind!r}; the loops suite measures runs of `looplm train` with reason, s3, "
+            "text or pretrain"
         )
     return str(kind)
 

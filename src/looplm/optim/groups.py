@@ -1,6 +1,7 @@
-"""Which parameter is trained by which optimizer: Muon for the layers' matrices, AdamW for all others."""
+"""Which parameter is trained by which optimizer: Muon for the layers' matrices, AdamW for all others, or as asked."""
 
-from typing import Literal
+from fnmatch import fnmatchcase
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
@@ -8,63 +9,100 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from looplm.config import Config
+from looplm.errors import ConfigError
+from looplm.optim.lion import Lion
 from looplm.optim.muon import Muon
+
+
+class GroupConfig(Config):
+    """What is different for some parameters."""
+
+    lr: PositiveFloat = 1.0
+    """Times the optimizer's rate."""
+    weight_decay: NonNegativeFloat | None = None
+    """In place of the optimizer's; null for that."""
 
 
 class OptimizerConfig(Config):
     """Optimizers and their peak rates; the schedule scales all of them together."""
 
-    matrices: Literal["muon", "adamw"] = "muon"
-    """Optimizer of the layers' matrices; embedding, head, norms and injection always take AdamW."""
+    matrices: Literal["muon", "normuon", "adamw", "lion"] = "muon"
+    """Optimizer of the layers' matrices."""
+    others: Literal["adamw", "lion"] = "adamw"
+    """Optimizer of embedding, head, norms and injection."""
     muon_lr: PositiveFloat = 0.02
     """Peak rate of Muon: the size of an orthogonal update, scaled by sqrt(max(1, rows / columns))."""
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
     """Nesterov momentum of Muon."""
+    muon_beta2: float = Field(default=0.9, ge=0, lt=1)
+    """NorMuon's decay of the squares."""
     adamw_lr: PositiveFloat = 2e-3
     """Peak rate of AdamW."""
+    lion_lr: PositiveFloat = 1e-4
+    """Peak rate of Lion."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
-    """AdamW's first decay."""
+    """AdamW's and Lion's first decay."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
     """AdamW's second decay."""
+    lion_beta2: float = Field(default=0.99, ge=0, lt=1)
+    """Lion's second decay."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled decay of matrices and embedding; never of norms, smear or the injection's own parameters."""
+    groups: dict[str, GroupConfig] = Field(default_factory=dict)
+    """Exceptions by parameter name, globs such as `*.router.weight`; of several that match the first counts."""
 
 
 def make_optimizers(
     model: nn.Module, config: OptimizerConfig, *, muon_dtype: torch.dtype = torch.bfloat16
 ) -> list[Optimizer]:
-    """Optimizers that together hold every parameter once. Muon orthogonalises in `muon_dtype`."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    undecayed: list[nn.Parameter] = []
+    """Optimizers that together hold every parameter once. Muon orthogonalises in `muon_dtype`.
+
+    Raises:
+        ConfigError: a group's pattern matches no parameter.
+    """
+    groups: dict[str, dict[tuple[float, float], list[nn.Parameter]]] = {}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    unmatched = set(config.groups)
+    found: list[tuple[int, str, float, float, nn.Parameter]] = []
     for name, parameter in model.named_parameters():
-        if name.startswith(("inject.", "smear.")) or parameter.dim() < 2:
-            undecayed.append(parameter)
-        elif name.startswith(("prelude.", "core.", "coda.", "loop_lora.")) and id(parameter) not in tables:
-            matrices.append(parameter)
-        else:
-            others.append(parameter)
-    if config.matrices == "adamw":
-        others, matrices = others + matrices, []
-    groups = [
-        {"params": others, "weight_decay": config.weight_decay},
-        {"params": undecayed, "weight_decay": 0.0},
+        is_undecayed = name.startswith(("inject.", "smear.")) or parameter.dim() < 2
+        is_matrix = name.startswith(("prelude.", "core.", "coda.", "loop_lora.")) and id(parameter) not in tables
+        kind: str = config.matrices if is_matrix and not is_undecayed else config.others
+        decay, scale = 0.0 if is_undecayed else config.weight_decay, 1.0
+        for pattern, group in config.groups.items():
+            if fnmatchcase(name, pattern):
+                unmatched.discard(pattern)
+                scale, decay = group.lr, decay if group.weight_decay is None else group.weight_decay
+                break
+        found.append((2 * is_undecayed + (is_matrix and not is_undecayed), kind, scale, decay, parameter))
+    if unmatched:
+        names = ", ".join(name for name, _ in model.named_parameters())
+        raise ConfigError(f"train.optimizer.groups: {sorted(unmatched)} match no parameter; there is {names}")
+    # embedding and head before matrices before what never decays: the order that saved states are in
+    for _, kind, scale, decay, parameter in sorted(found, key=lambda each: each[0]):
+        groups.setdefault(kind, {}).setdefault((scale, decay), []).append(parameter)
+    order = sorted(groups, key=lambda kind: kind in ("muon", "normuon"))
+    return [_optimizer(kind, groups[kind], config, muon_dtype=muon_dtype) for kind in order]
+
+
+def _optimizer(
+    kind: str,
+    groups: dict[tuple[float, float], list[nn.Parameter]],
+    config: OptimizerConfig,
+    *,
+    muon_dtype: torch.dtype,
+) -> Optimizer:
+    peak = {"adamw": config.adamw_lr, "lion": config.lion_lr}.get(kind, config.muon_lr)
+    given: list[dict[str, Any]] = [
+        {"params": parameters, "weight_decay": decay, "lr": scale * peak}
+        for (scale, decay), parameters in groups.items()
     ]
-    optimizers: list[Optimizer] = [
-        AdamW(groups, lr=config.adamw_lr, betas=(config.beta1, config.beta2), fused=True),
-    ]
-    if matrices:
-        optimizers.append(
-            Muon(
-                matrices,
-                lr=config.muon_lr,
-                momentum=config.muon_momentum,
-                weight_decay=config.weight_decay,
-                dtype=muon_dtype,
-            )
-        )
-    return optimizers
+    if kind == "adamw":
+        return AdamW(given, lr=peak, betas=(config.beta1, config.beta2), fused=True)
+    if kind == "lion":
+        return Lion(given, lr=peak, betas=(config.beta1, config.lion_beta2))
+    beta2 = config.muon_beta2 if kind == "normuon" else None
+    return Muon(given, lr=peak, momentum=config.muon_momentum, beta2=beta2, dtype=muon_dtype)
 
 
 def set_lr_scale(optimizers: list[Optimizer], scale: float) -> None:

@@ -5,31 +5,47 @@ torch.optim.Muon takes the same steps one matrix at a time; stacked, a small mod
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 # Quintic coefficients of the iteration: singular values between 0 and 1 end near 1 after five steps.
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-N_ITERATIONS = 5
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
+# The best polynomial of each step for what the one before leaves (Polar Express, arXiv 2505.16932), five steps, with
+# room for rounding: as nanochat has them.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+Coefficients = Sequence[tuple[float, float, float]]
 
 
 class Muon(Optimizer):
     """Matrices (R, C) and stacks of them (N, R, C) only. An update has size lr * sqrt(max(1, rows / columns)) in every
-    direction; Nesterov momentum. `dtype` is what the iteration computes in."""
+    direction; Nesterov momentum. `dtype` is what the iteration computes in.
+
+    With `beta2` it is NorMuon (arXiv 2510.05491) as nanochat has it: rows are brought to one size before the iteration,
+    the orthogonal update is divided by the root of a running mean of its squares, over columns or rows, whichever are
+    fewer numbers to keep, and made as large as it was; and a weight decays only where the update takes it to zero too.
+    """
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         *,
         lr: float,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        beta2: float | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "beta2": beta2})
         self.dtype = dtype
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -50,9 +66,34 @@ class Muon(Optimizer):
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 updates = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
                 rate = group["lr"] * max(1.0, n_rows / n_columns) ** 0.5
+                if group["beta2"] is not None:
+                    self._normalised(parameters, updates, rate=rate, group=group)
+                    continue
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 orthogonal = orthogonalize(updates.view(-1, n_rows, n_columns), dtype=self.dtype)
                 torch._foreach_add_(parameters, list(orthogonal.view(updates.shape).unbind()), alpha=-rate)
+
+    def _normalised(self, parameters: list[Tensor], updates: Tensor, *, rate: float, group: dict[str, Any]) -> None:
+        """NorMuon's step for parameters of one shape, `updates` (K, ..., R, C)."""
+        n_rows, n_columns = updates.shape[-2:]
+        row_sizes = updates.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+        alike = updates * (updates.norm(dim=(-2, -1), keepdim=True) / n_rows**0.5 / row_sizes)
+        flat = alike.view(-1, n_rows, n_columns)
+        x = orthogonalize(flat, dtype=self.dtype, coefficients=POLAR_EXPRESS).view(updates.shape)
+        size = min(n_rows, n_columns) ** 0.5
+        x = x * (size / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-6))
+        squares = x.square().mean(dim=-1 if n_rows >= n_columns else -2, keepdim=True)
+        seconds = [self._second(p, like) for p, like in zip(parameters, squares.unbind(), strict=True)]
+        torch._foreach_lerp_(seconds, list(squares.unbind()), 1 - group["beta2"])
+        x = x * torch.stack(seconds).clamp(min=1e-10).rsqrt()
+        x = x * (size / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
+        for parameter, update in zip(parameters, x.unbind(), strict=True):
+            shrinks = update * parameter >= 0
+            parameter.sub_(rate * (update + group["weight_decay"] * parameter * shrinks))
+
+    def _second(self, parameter: Tensor, like: Tensor) -> Tensor:
+        buffer: Tensor = self.state[parameter].setdefault("second_momentum_buffer", torch.zeros_like(like))
+        return buffer
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -62,15 +103,18 @@ class Muon(Optimizer):
         return buffer
 
 
-def orthogonalize(matrices: Tensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def orthogonalize(
+    matrices: Tensor, *, dtype: torch.dtype = torch.bfloat16, coefficients: Coefficients = NEWTON_SCHULZ
+) -> Tensor:
     """The orthogonal factors of matrices (N, R, C), nearly: singular values 0.7 to 1.2. Computed in `dtype`, returned
     in the type of the matrices."""
-    a, b, c = COEFFICIENTS
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.to(dtype)
     x = x.mT if is_tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(N_ITERATIONS):
+    # Polar Express diverges above 1, where rounding can take a singular value
+    room = 1.01 if coefficients is POLAR_EXPRESS else 1.0
+    x = x / (room * x.norm(dim=(1, 2), keepdim=True)).clamp(min=1e-7)
+    for a, b, c in coefficients:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if is_tall else x).to(matrices.dtype)

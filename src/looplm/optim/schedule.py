@@ -1,17 +1,23 @@
 """Learning-rate schedules as a function of progress through the budget, 0 to 1."""
 
+import math
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from looplm.config import Config
 
 
 class ScheduleConfig(Config):
-    """Linear warm-up, constant, linear decay: all in shares of the budget, whatever its unit."""
+    """Linear warm-up, constant, decay: all in shares of the budget, whatever its unit. With `decay` as all that the
+    warm-up leaves and shape cosine it is the usual cosine schedule."""
 
     warmup: float = Field(default=0.02, ge=0, le=1)
     """Share of the budget over which the rate rises from 0."""
     decay: float = Field(default=0.4, ge=0, le=1)
     """Share of the budget over which the rate falls at the end."""
+    shape: Literal["linear", "cosine"] = "linear"
+    """How the rate falls."""
     final: float = Field(default=0.0, ge=0, le=1)
     """Rate at the very end, as a share of the peak."""
 
@@ -27,5 +33,8 @@ class ScheduleConfig(Config):
             return max(progress / self.warmup, 1e-3)
         left = 1 - progress
         if left < self.decay:
-            return self.final + (1 - self.final) * max(left, 0.0) / self.decay
+            share = max(left, 0.0) / self.decay
+            if self.shape == "cosine":
+                share = (1 - math.cos(math.pi * share)) / 2
+            return self.final + (1 - self.final) * share
         return 1.0

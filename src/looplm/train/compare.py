@@ -14,7 +14,6 @@ parameters, and one layer of it could not see what is asked. Runs are folders of
 what is finished is not run again.
 """
 
-import math
 import os
 import statistics
 import subprocess
@@ -29,11 +28,12 @@ import torch
 
 from looplm.checkpoint import CONFIG, LoadedRun, checkpoints, load_run, read_state, write_text
 from looplm.config import apply_overrides, load_yaml, parse, to_yaml
-from looplm.data.bytes import BytesConfig, BytesSource
-from looplm.data.sources import PermutationsConfig
+from looplm.data.bytes import BytesConfig
+from looplm.data.prepared import PreparedConfig
+from looplm.data.sources import PermutationsConfig, held_out_text, parse_data, row_length
 from looplm.errors import ConfigError, TrainingError
 from looplm.eval.interval import T95, mean_and_half
-from looplm.eval.loops import held_out_batches, held_out_loss, trained_depth
+from looplm.eval.loops import bits_per_byte, held_out_batches, held_out_loss, trained_depth
 from looplm.eval.reasoning import as_reasoner, evaluate, held_out_questions
 from looplm.eval.staircase import evaluate_staircase
 from looplm.model.count import Count, count
@@ -206,8 +206,8 @@ def arms(config: RunConfig) -> dict[str, RunConfig]:
                 f"sequences of {longest} tokens are scored, and the model's context is {model.seq_len}: give "
                 f"model.seq_len={longest} or a smaller data.max_len"
             )
-    elif isinstance(data, BytesConfig):
-        BytesSource(data, seed=0, held_out=True)
+    elif isinstance(data, BytesConfig | PreparedConfig):
+        held_out_text(data)
     once = ["model.n_loops=1", "train.plan={kind: fixed, n_loops: 1}", "train.loop_loss=null", "train.state_loss=null"]
     if config.train.exit_gate is not None:
         once += ["train.exit_gate=null", "model.exit={kind: none}"]
@@ -225,7 +225,7 @@ def arms(config: RunConfig) -> dict[str, RunConfig]:
 def count_trained(config: RunConfig, *, n_loops: int) -> Count:
     """Sizes of a run's model, FLOPs at the context that it trains with."""
     data = config.data
-    length = data.max_len + 1 if isinstance(data, PermutationsConfig) else data.row_len
+    length = row_length(data)
     return count(config.model.model_copy(update={"seq_len": length}), n_loops=n_loops)
 
 
@@ -262,7 +262,8 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def loss_of(loaded: LoadedRun) -> float:
     """Held-out loss at the trained depth, nats."""
-    return held_out_loss(loaded.model, held_out_batches(loaded), n_loops=depth_of(loaded))
+    data = parse_data(loaded.config["data"], source=str(loaded.path))
+    return held_out_loss(loaded.model, held_out_batches(data), n_loops=depth_of(loaded))
 
 
 def depth_of(loaded: LoadedRun) -> int:
@@ -272,9 +273,12 @@ def depth_of(loaded: LoadedRun) -> int:
 
 def score(loaded: LoadedRun) -> dict[str, float]:
     """What the report tells of a run, the headline first."""
-    kind, loss = loaded.config["data"]["kind"], loss_of(loaded)
-    if kind == "bytes":
-        return {"bits per byte": loss / math.log(2)}
+    data = parse_data(loaded.config["data"], source=str(loaded.path))
+    if isinstance(data, BytesConfig | PreparedConfig):
+        text, n_loops = held_out_text(data), depth_of(loaded)
+        bits = bits_per_byte(loaded.model, held_out_batches(data), text.token_bytes, n_loops=n_loops)
+        return {"bits per byte": bits}
+    kind, loss = data.kind, loss_of(loaded)
     if kind == "reasoning":
         result = evaluate(as_reasoner(loaded, run=loaded.path), held_out_questions(N_QUESTIONS))
         return {"right answers, %": 100 * result.mean_accuracy, "loss, nats per token": loss}

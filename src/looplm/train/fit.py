@@ -81,6 +81,9 @@ class TrainConfig(Config):
     probe_every: PositiveInt | None = None
     """Steps between probes of the loops (loss and state by loop, decays, adapters, routers); null for none. One costs
     some twenty forward passes of a model of two loops."""
+    validate_every: PositiveInt | None = None
+    """Steps between looks at held-out data (bits per byte of text, else the loss), and one at the end; null for none.
+    Takes a forward pass of up to 32 batches."""
     checkpoint_minutes: PositiveFloat = 5.0
     """Wall time between checkpoints; one more is written at the end."""
     checkpoint_steps: PositiveInt | None = None
@@ -142,15 +145,26 @@ class FitResult:
 
 
 Observer = Callable[[Record], None]
+Validate = Callable[[LoopedLM], Record]
 
 
 def fit(
-    model: LoopedLM, source: Source, config: TrainConfig, *, folder: Path, observers: tuple[Observer, ...] = ()
+    model: LoopedLM,
+    source: Source,
+    config: TrainConfig,
+    *,
+    folder: Path,
+    observers: tuple[Observer, ...] = (),
+    validate: Callable[[], Validate] | None = None,
 ) -> FitResult:
-    """Train `model` on `source` until the budget is used or Ctrl-C; resumes if `folder` holds a checkpoint."""
+    """Train `model` on `source` until the budget is used or Ctrl-C; resumes if `folder` holds a checkpoint. What
+    `validate` makes is asked every `config.validate_every` steps."""
     n_threads = torch.get_num_threads()
     try:
-        return _Fit(model, source, config, folder=folder, observers=observers).run()
+        run = _Fit(model, source, config, folder=folder, observers=observers)
+        if validate is not None and config.validate_every is not None:
+            run.validate = validate()
+        return run.run()
     finally:
         torch.set_num_threads(n_threads)  # the runtime's choice is this run's, not the process's
 
@@ -171,6 +185,7 @@ class _Fit:
         self.started = time.perf_counter()
         self.last_batch: Batch
         self.said: set[str] = set()  # worries
+        self.validate: Validate | None = None
         is_resumed = bool(checkpoints(folder))
         if is_resumed:
             self.position, self.runtime = self._saved_state()
@@ -203,7 +218,7 @@ class _Fit:
                     now = time.perf_counter()
                     position.seconds = self.seconds_before + now - self.started
                     position.seconds_waited = self.waited_before + loader.seconds_waited
-                    probed = self._probe()
+                    probed = self._probe() | self._validate()
                     if position.step % config.log_every == 0 or probed or config.progress(position) >= 1:
                         record |= probed
                         record["tokens_per_second"] = (position.tokens - tokens_logged) / (now - last_logged)
@@ -322,6 +337,15 @@ class _Fit:
                 logger.warning("step %d: %s", self.position.step, sentence)
             self.said.add(kind)
         return dict(found)
+
+    @torch.compiler.set_stance("force_eager")  # as above
+    def _validate(self) -> Record:
+        """What held-out data says, where it is time to ask."""
+        every, step = self.config.validate_every, self.position.step
+        if self.validate is None or every is None or (step % every and self.config.progress(self.position) < 1):
+            return {}
+        with self.runtime.autocast():
+            return self.validate(self.model)
 
     def _report(self, record: Record, sinks: list[Sink]) -> None:
         """Write a record everywhere. If it cannot be written, what was learned so far still is."""

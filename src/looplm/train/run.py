@@ -11,14 +11,17 @@ from looplm.checkpoint import CONFIG, run_folder, write_text
 from looplm.config import Config, apply_overrides, load_preset, load_yaml, parse, to_yaml
 from looplm.data.bytes import VOCAB_SIZE as N_BYTES
 from looplm.data.bytes import BytesConfig
-from looplm.data.sources import DataConfig, PermutationsConfig, make_source
+from looplm.data.prepare import TOKENIZER
+from looplm.data.prepared import PreparedConfig, PreparedSource
+from looplm.data.sources import DataConfig, PermutationsConfig, held_out_text, make_source, row_length
 from looplm.data.tasks import permutations
 from looplm.data.tokenizer import VOCAB_SIZE
 from looplm.errors import ConfigError, TrainingError
+from looplm.eval.loops import bits_per_byte, held_out_batches, held_out_loss
 from looplm.model.loop.exit import ACTConfig, GateConfig
 from looplm.model.loop.plan import CurriculumPlanConfig, LengthPlanConfig, PoissonPlanConfig
 from looplm.model.looped import LoopedLM, ModelConfig
-from looplm.train.fit import FitResult, Observer, TrainConfig, fit
+from looplm.train.fit import FitResult, Observer, TrainConfig, Validate, fit
 
 
 class RunConfig(Config):
@@ -40,15 +43,16 @@ class RunConfig(Config):
                     f"permutations need a model with vocab_size {permutations.VOCAB_SIZE} and n_outputs "
                     f"{permutations.N_ANSWERS}, not {model.vocab_size} and {model.d_head_out}: take looplm-s3-54k"
                 )
-            longest = data.max_len + 1
+        elif isinstance(data, PreparedConfig):
+            pass  # its tokens are known once it is opened
         else:
             n_ids = N_BYTES if isinstance(data, BytesConfig) else VOCAB_SIZE
             if model.vocab_size < n_ids or model.d_head_out < n_ids:
                 what = "text as bytes" if isinstance(data, BytesConfig) else "the reasoning suite"
                 raise ValueError(f"{what} has {n_ids} tokens and the model {model.d_head_out}: raise vocab_size")
-            if isinstance(self.train.plan, LengthPlanConfig):
-                raise ValueError("plan kind length ties loops to the length of a sequence; rows of text have none")
-            longest = data.row_len
+        if not isinstance(data, PermutationsConfig) and isinstance(self.train.plan, LengthPlanConfig):
+            raise ValueError("plan kind length ties loops to the length of a sequence; rows of text have none")
+        longest = row_length(data)
         wants_last_state = {
             "plan kind poisson": isinstance(self.train.plan, PoissonPlanConfig),
             "train.loop_loss": self.train.loop_loss is not None,
@@ -85,6 +89,7 @@ CHANGEABLE = tuple(
         "keep",
         "log_every",
         "probe_every",
+        "validate_every",
         "n_workers",
         "recompute",
     )
@@ -133,7 +138,25 @@ def _train(config: RunConfig, folder: Path, *, observers: tuple[Observer, ...]) 
     torch.manual_seed(config.train.seed)
     model = LoopedLM(config.model)
     source = make_source(config.data, seed=config.train.seed)
-    return fit(model, source, config.train, folder=folder, observers=observers)
+    if isinstance(source, PreparedSource):
+        if config.model.vocab_size < source.vocab_size:
+            raise ConfigError(
+                f"the text has {source.vocab_size} kinds of tokens and the model {config.model.vocab_size}: give "
+                f"model.vocab_size={source.vocab_size}"
+            )
+        write_text(folder / TOKENIZER, source.tokenizer.to_str())
+    return fit(model, source, config.train, folder=folder, observers=observers, validate=lambda: _validation(config))
+
+
+def _validation(config: RunConfig) -> Validate:
+    """What is said of a model on held-out data: bits per byte of text, else the loss in nats."""
+    data, n_loops = config.data, config.model.n_loops
+    batches = held_out_batches(data)
+    if isinstance(data, BytesConfig | PreparedConfig):
+        token_bytes = held_out_text(data).token_bytes
+        return lambda model: {"val_bpb": bits_per_byte(model, batches, token_bytes, n_loops=n_loops)}
+    depth = data.max_len if isinstance(data, PermutationsConfig) else n_loops
+    return lambda model: {"val_loss": held_out_loss(model, batches, n_loops=depth)}
 
 
 def _with_model(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,126 @@
+"""`looplm data`: text made ready for training."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Make text ready for training.")
+
+
+@app.callback()
+def _data() -> None:
+    """Make text ready for training."""
+
+
+@app.command()
+def prepare(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Files, folders or globs (txt, md, py, jsonl, parquet, also .zst), hub:NAME,CONFIG,SPLIT, or "
+            "builtin:python.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")] = Path("prepared"),
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="A folder of `looplm tokenizer train`, or a tokenizer.json.", show_default=False),
+    ] = None,
+    field: Annotated[
+        str | None, typer.Option(help="Field of a record with its text.", show_default="text, content, messages, ...")
+    ] = None,
+    held_out: Annotated[float, typer.Option(help="Share of the documents never learned from.")] = 0.01,
+    fim: Annotated[float, typer.Option(help="Share of the documents turned into prefix, suffix, middle.")] = 0.0,
+    shard_tokens: Annotated[int, typer.Option(help="Tokens of a shard.")] = 1 << 24,
+    seed: Annotated[int, typer.Option(help="Seed of the order within shards.")] = 0,
+    inspect: Annotated[bool, typer.Option("--inspect", help="Look at OUT in place of making it.")] = False,
+) -> None:
+    """Tokenise text into memory-mapped shards, on all cores. Stopped, the same command goes on."""
+    from looplm.config import parse
+    from looplm.data.bpe import load_tokenizer
+    from looplm.data.prepare import HELD_OUT, TRAIN, PrepareConfig
+    from looplm.data.prepare import prepare as write
+    from looplm.errors import ConfigError
+
+    if inspect:
+        if sources:
+            raise ConfigError("--inspect looks at what --out holds; leave out the sources")
+        _inspect(out)
+        return
+    if not sources:
+        raise ConfigError("no source given; for example: looplm data prepare texts/ --tokenizer tok --out prepared")
+    if tokenizer is None:
+        raise ConfigError("no --tokenizer given; make one with: looplm tokenizer train --out tok SOURCE...")
+    given = {"sources": sources, "field": field, "held_out": held_out, "fim": fim, "shard_tokens": shard_tokens}
+    config = parse(PrepareConfig, {**given, "seed": seed}, source="looplm data prepare")
+    with _BytesProgress() as progress:
+        manifest = write(config, load_tokenizer(tokenizer), out, on_progress=progress)
+    n_bytes = sum(shard.n_bytes for shard in manifest.shards)
+    n_tokens = {split: manifest.n_tokens(split) for split in (TRAIN, HELD_OUT)}
+    typer.echo(
+        f"{n_tokens[TRAIN]:,} tokens to learn from, {n_tokens[HELD_OUT]:,} held out, "
+        f"{n_bytes / max(1, sum(n_tokens.values())):.2f} bytes a token, in {out}"
+    )
+    for reason, number in manifest.skipped.items():
+        typer.echo(f"left out: {number:,} documents, {reason}")
+    typer.echo(
+        f"look at it: looplm data prepare --inspect --out {out}; use it: looplm train pretrain data.folders={out}"
+    )
+
+
+class _BytesProgress:
+    """How much text is done; how much there is nobody knows of a stream."""
+
+    def __init__(self) -> None:
+        import sys
+
+        from rich.console import Console
+        from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import TransferSpeedColumn as SpeedColumn
+
+        columns = (SpinnerColumn(), TextColumn("tokenising"), DownloadColumn(), SpeedColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+        self._task = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> "_BytesProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.stop()
+
+    def __call__(self, n_bytes: int) -> None:
+        self._bar.advance(self._task, n_bytes)
+
+
+def _inspect(folder: Path) -> None:
+    """Every shard with its checksum checked, and how some documents begin."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from looplm.data.bpe import load_tokenizer
+    from looplm.data.prepare import TOKENIZER, TRAIN, checksum
+    from looplm.data.prepared import TokenStream
+
+    stream = TokenStream(folder, split=TRAIN)
+    manifest = stream.manifest
+    table = Table("shard", "documents", "tokens", "bytes/token", "checksum", title=str(folder), title_justify="left")
+    for shard in manifest.shards:
+        is_right = checksum(folder / shard.name) == shard.sha256
+        sizes = f"{shard.n_documents:,}", f"{shard.n_tokens:,}", f"{shard.n_bytes / shard.n_tokens:.2f}"
+        table.add_row(shard.name, *sizes, "right" if is_right else "[red]WRONG[/red]")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"[dim]of {escape(', '.join(manifest.config['sources']))}; {manifest.vocab_size:,} kinds of tokens[/dim]"
+    )
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    starts = [0, *stream.ends[:-1].tolist()]
+    for number in sorted({0, len(starts) // 3, 2 * len(starts) // 3}):
+        start, end = starts[number], int(stream.ends[number])
+        text = tokenizer.decode(stream.read(start, min(60, end - start)).tolist(), skip_special_tokens=False)
+        console.print(f"[bold]document {number:,}[/bold] ({end - start:,} tokens): {escape(repr(text))}")

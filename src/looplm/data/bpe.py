@@ -1,0 +1,240 @@
+"""A tokenizer of one's own: byte-level BPE with the tags of Nano-OSRT v4 as single tokens, saved so that Hugging Face
+reads it. The reasoner's fixed one is `data/tokenizer.py`.
+
+Every byte is a token, so any UTF-8 text is encoded and decoding gives it back exactly. A tag spelled out in a text is
+plain text here: what a user types cannot end a turn or open another. `load_tokenizer(path, reads_tags=True)` is for
+text that a chat template has written.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from looplm.errors import ConfigError, DataError
+
+# Ids are places in this tuple: v4's order and spelling, so that its checkpoints keep their meaning.
+SPECIAL = (
+    "<|padding|>",
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|unknown|>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|think|>",
+    "<|/think|>",
+    "<|answer|>",
+    "<|/answer|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+)
+PAD, BOS, EOS, UNKNOWN = SPECIAL[:4]
+N_BYTES = 256
+MAX_DIGITS = 3
+FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+
+# What both Hugging Face and plain Jinja render, with or without `trim_blocks`: no line ends, no extension's tags. A
+# prompt ends with the tag of whoever speaks next; only the assistant's turns are closed, for that is what it must learn.
+CHAT_TEMPLATE = (
+    "<|begin_of_text|>"
+    "{% for message in messages %}"
+    "{% if message.content is not string %}{{ raise_exception('the content of a turn must be a text') }}{% endif %}"
+    "{% if message.role == 'system' and not loop.first %}"
+    "{{ raise_exception('a system turn can only be the first') }}"
+    "{% elif message.role in ['system', 'user', 'assistant'] %}"
+    "<|{{ message.role }}|>{{ message.content }}"
+    "{% if message.role == 'assistant' %}<|end_of_text|>{% endif %}"
+    "{% else %}"
+    "{{ raise_exception('no role ' ~ message.role ~ '; there are system, user and assistant') }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """What a tokenizer makes of some text."""
+
+    n_bytes: int
+    n_tokens: int
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.n_bytes / self.n_tokens if self.n_tokens else 0.0
+
+
+def train_bpe(texts: Iterable[str], *, vocab_size: int, digits: int = 1, min_frequency: int = 2) -> Tokenizer:
+    """Learn the merges of a text; the same text gives the same tokenizer.
+
+    `digits` is the most of them in one token. One keeps a number's columns where they are, whatever its length; with 2 or
+    3 the pieces of 1234 are not those of 234, which costs accuracy in arithmetic. The price of one is longer numbers.
+    `min_frequency` is how often a pair must occur to be merged. Nothing is put before or after an encoded text: v4's
+    tokenizer ended every prompt with the end-of-text tag.
+
+    Raises:
+        ConfigError: a value out of range, or a vocabulary larger than the text can fill.
+        DataError: there is no text.
+    """
+    _check(vocab_size=vocab_size, digits=digits, min_frequency=min_frequency)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_piece(digits)), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=[AddedToken(tag, special=True, normalized=False) for tag in SPECIAL],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    counted = _Counted(texts)
+    tokenizer.train_from_iterator(counted, trainer)
+    if not counted.n_bytes:
+        raise DataError("there is no text to learn a tokenizer from; give sources that hold some")
+    found = tokenizer.get_vocab_size()
+    if found < vocab_size:
+        n_merges = found - len(SPECIAL) - N_BYTES
+        raise ConfigError(
+            f"a vocabulary of {vocab_size:,} is more than this text fills: its {counted.n_bytes:,} bytes hold "
+            f"{n_merges:,} merges of pairs seen {min_frequency} times or more; ask for {found} or less, or give more text"
+        )
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write `tokenizer.json` and what Hugging Face wants beside it, each whole or not at all.
+
+    Raises:
+        ConfigError: the folder holds a tokenizer, or is none.
+    """
+    check_new(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "unk_token": UNKNOWN,  # never written: every byte has a token
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,  # it would take the space out of "so ."
+        "chat_template": CHAT_TEMPLATE,
+    }
+    _write(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    _write(folder / FILE, tokenizer.to_str(pretty=True))  # last: a folder without it holds no tokenizer
+
+
+def check_new(folder: Path) -> None:
+    """Refuse a folder that a tokenizer cannot be saved in.
+
+    Raises:
+        ConfigError: it holds a tokenizer, or is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{str(folder)!r} is a file; a tokenizer is saved in a folder")
+    if (folder / FILE).exists():
+        raise ConfigError(f"{str(folder)!r} already holds a tokenizer; give another --out")
+
+
+def load_tokenizer(path: Path, *, reads_tags: bool = False) -> Tokenizer:
+    """A saved tokenizer, from its folder or its `tokenizer.json`.
+
+    `reads_tags` turns a tag spelled out in a text into its id: for text that a chat template wrote, never for what came
+    from outside. `token_to_id` gives a tag's id in either case; `decode(..., skip_special_tokens=False)` shows it.
+
+    Raises:
+        ConfigError: there is none.
+        DataError: the file is cut short or is of another kind.
+    """
+    file = path / FILE if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"no tokenizer in {str(path)!r}; make one with `looplm tokenizer train`")
+    try:
+        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # the Rust side raises no narrower class
+        raise DataError(f"{str(file)!r} is not a whole tokenizer ({error}); train or copy it again") from None
+    tokenizer.encode_special_tokens = not reads_tags
+    return tokenizer
+
+
+def token_bytes(tokenizer: Tokenizer) -> list[int]:
+    """How many bytes of text each id stands for, 0 for tags. What turns nats per token into bits per byte.
+
+    Raises:
+        ConfigError: the tokenizer is not byte-level.
+    """
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+        raise ConfigError(
+            "bytes per token are known of byte-level tokenizers only; make one with `looplm tokenizer train`"
+        )
+    tags = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    # a byte-level vocabulary writes each byte as one character
+    return [0 if i in tags else len(tokenizer.id_to_token(i) or "") for i in range(tokenizer.get_vocab_size())]
+
+
+def compression(tokenizer: Tokenizer, texts: Iterable[str]) -> Compression:
+    """Encode texts and count, on all cores."""
+    kept = list(texts)
+    n_tokens = sum(len(encoding) for encoding in tokenizer.encode_batch_fast(kept))
+    return Compression(n_bytes=sum(len(text.encode()) for text in kept), n_tokens=n_tokens)
+
+
+class _Counted:
+    """Texts, and how many bytes of them were read."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.n_bytes = 0
+        self._texts = texts
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            self.n_bytes += len(text.encode())
+            yield text
+
+
+def _piece(digits: int) -> str:
+    """What no token reaches across. As in GPT-2 a word takes the space before it; beside that, marks belong to their
+    letters (Hindi, Arabic), the white space up to a line's end is one piece, and a number never takes a space in."""
+    kinds = (
+        r"'(?:[sdmt]|ll|re|ve)(?![\p{L}\p{M}])",  # English endings: it's, we'll
+        r" ?[\p{L}\p{M}]+",
+        rf"\p{{N}}{{1,{digits}}}",
+        r" ?[^\s\p{L}\p{M}\p{N}]+",
+        r"\s*[\r\n]+",
+        r"\s+(?=\s\S)",  # indentation but for the space that goes with a word
+        r"\s+",
+    )
+    return "|".join(kinds)
+
+
+def _check(*, vocab_size: int, digits: int, min_frequency: int) -> None:
+    least = len(SPECIAL) + N_BYTES
+    if vocab_size < least:
+        raise ConfigError(
+            f"a vocabulary of {vocab_size} is too small: {len(SPECIAL)} tags and {N_BYTES} bytes take {least}; "
+            "give that or more"
+        )
+    if not 1 <= digits <= MAX_DIGITS:
+        raise ConfigError(f"digits is {digits}; a token holds at most 1, 2 or {MAX_DIGITS} of them")
+    if min_frequency < 1:
+        raise ConfigError(f"min_frequency is {min_frequency}; give 1 or more")
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file whole or not at all."""
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,327 @@
+"""Training on prepared text (`looplm.data.prepare`): rows cut from the stream of all documents, drawn from all over.
+
+A folder's shards are one stream of tokens, cut into windows of one length without a gap, so that whatever the length
+of its documents no more than one window's tail is left out. Every window is seen once before any is seen again, in an
+order that its epoch's number decides. Folders are mixed by weight, exactly: any thousand rows hold each folder's share,
+give or take a row. All of it is a function of the batch's number: nothing to store for a resume.
+"""
+
+import hashlib
+import os
+import shutil
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from tokenizers import Tokenizer
+
+from looplm.config import Config
+from looplm.data.bpe import token_bytes, train_bpe
+from looplm.data.documents import BUILTIN_PYTHON, read_documents
+from looplm.data.pack import IGNORE, Batch
+from looplm.data.prepare import HELD_OUT, TOKENIZER, TRAIN, PrepareConfig, Shard, prepare, read_manifest
+from looplm.errors import ConfigError, DataError
+
+BLOCK = 1024  # rows in which every folder has its share
+MOST_FOLDERS = 32
+BUILTIN_VOCAB = 4096
+ORDER_STREAM, MIX_STREAM = 0, 1
+
+
+class PhaseConfig(Config):
+    """A stretch of the training with a mixture and a row length of its own; what is null is as outside the phases."""
+
+    n_batches: PositiveInt | None = None
+    """Micro-batches; null, for the last phase, for all that follow."""
+    folders: dict[str, PositiveFloat] | None = None
+    """Prepared folders with their weights."""
+    n_rows: PositiveInt | None = None
+    """Rows of a micro-batch."""
+    row_len: PositiveInt | None = None
+    """Tokens of a row."""
+
+
+class PreparedConfig(Config):
+    """Text that `looplm data prepare` has tokenised."""
+
+    kind: Literal["prepared"] = "prepared"
+    folders: dict[str, PositiveFloat]
+    """Prepared folders with their weights, or one folder; builtin:python is the Python standard library."""
+    n_rows: PositiveInt = 16
+    """Rows of a micro-batch."""
+    row_len: PositiveInt = 512
+    """Tokens of a row."""
+    mask_documents: bool = False
+    """Whether tokens see their own document alone."""
+    phases: list[PhaseConfig] = Field(default_factory=list)
+    """Phases, one after another; none for one that lasts."""
+
+    @field_validator("folders", mode="before")
+    @classmethod
+    def _one_folder(cls, folders: Any) -> Any:
+        return {folders: 1.0} if isinstance(folders, str) else folders
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "PreparedConfig":
+        for phase in self.phases[:-1]:
+            if phase.n_batches is None:
+                raise ValueError("a phase without n_batches lasts for ever: only the last one may")
+        for folders in (self.folders, *(phase.folders for phase in self.phases if phase.folders is not None)):
+            if not 0 < len(folders) <= MOST_FOLDERS:
+                raise ValueError(f"{len(folders)} folders are mixed; give 1 to {MOST_FOLDERS}")
+        return self
+
+    def in_full(self) -> list[PhaseConfig]:
+        """The phases with nothing left null but the last one's length."""
+        own = {"folders": self.folders, "n_rows": self.n_rows, "row_len": self.row_len}
+        given = [
+            {k: v for k, v in phase.model_dump().items() if v is not None} for phase in self.phases or [PhaseConfig()]
+        ]
+        return [PhaseConfig(**{**own, **phase}) for phase in given]
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row of any phase."""
+        return max(phase.row_len or 0 for phase in self.in_full())
+
+
+class TokenStream:
+    """One split of a prepared folder, all shards end to end, read by memory map."""
+
+    def __init__(self, folder: Path, *, split: str) -> None:
+        manifest = read_manifest(folder)
+        if not manifest.complete:
+            raise DataError(
+                f"{str(folder)!r} is not done: run the `looplm data prepare` that made it again, it goes on"
+            )
+        self.folder, self.split, self.manifest = folder, split, manifest
+        self.shards = [shard for shard in manifest.shards if shard.split == split]
+        self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        self.starts = np.cumsum([0, *(shard.n_tokens for shard in self.shards)])
+        for shard in self.shards:
+            self._check_size(shard)
+
+    @property
+    def n_tokens(self) -> int:
+        """Of all shards."""
+        return int(self.starts[-1])
+
+    @cached_property
+    def ends(self) -> NDArray[np.int64]:
+        """Where each document ends, its end-of-text token included."""
+        parts = zip(self.shards, self.starts, strict=False)
+        loaded = [np.load(self.folder / shard.name.replace(".bin", ".ends.npy")) + start for shard, start in parts]
+        return np.concatenate(loaded) if loaded else np.zeros(0, dtype=np.int64)
+
+    def read(self, start: int, length: int) -> NDArray[np.int64]:
+        """Tokens `start` up to `start + length` of the stream."""
+        found: list[NDArray[Any]] = []
+        shard_idx = int(np.searchsorted(self.starts, start, side="right")) - 1
+        while length:
+            at = start - int(self.starts[shard_idx])
+            piece = self._tokens(shard_idx)[at : at + length]
+            found.append(piece)
+            start, length, shard_idx = start + len(piece), length - len(piece), shard_idx + 1
+        return np.concatenate(found).astype(np.int64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Memory maps are opened anew where a worker process needs them."""
+        return {name: value for name, value in vars(self).items() if name not in ("ends", "_open")}
+
+    def _tokens(self, shard_idx: int) -> NDArray[Any]:
+        opened = self.__dict__.setdefault("_open", {})
+        if shard_idx not in opened:
+            opened[shard_idx] = np.memmap(self.folder / self.shards[shard_idx].name, dtype=self.dtype, mode="r")
+        return opened[shard_idx]
+
+    def _check_size(self, shard: Shard) -> None:
+        path = self.folder / shard.name
+        wanted = shard.n_tokens * self.dtype.itemsize
+        size = path.stat().st_size if path.is_file() else None
+        if size != wanted:
+            is_what = "is not there" if size is None else f"has {size:,} bytes in place of {wanted:,}"
+            raise DataError(f"shard {str(path)!r} {is_what}; remove the folder and prepare it again")
+
+
+class PreparedSource:
+    """Rows of the mixture. With `held_out`, the held-out documents of the last phase's folders, one row after
+    another."""
+
+    def __init__(self, config: PreparedConfig, *, seed: int, held_out: bool = False) -> None:
+        self.config, self.seed, self.held_out = config, seed, held_out
+        self.phases = config.in_full()
+        split = HELD_OUT if held_out else TRAIN
+        names = sorted({name for phase in self.phases for name in phase.folders or {}})
+        self.streams = {name: TokenStream(open_folder(name), split=split) for name in names}
+        self._check()
+        first = next(iter(self.streams.values())).manifest
+        self.vocab_size, self.end_id = first.vocab_size, first.end_id
+        sums = [shard.sha256 for stream in self.streams.values() for shard in stream.shards]
+        self.fingerprint = hashlib.sha256("".join(sums).encode()).hexdigest()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What the text was cut with."""
+        return Tokenizer.from_file(str(next(iter(self.streams.values())).folder / TOKENIZER))
+
+    @property
+    def token_bytes(self) -> NDArray[np.int64]:
+        """How many bytes each id stands for (vocab_size,), 0 for tags."""
+        return np.array(token_bytes(self.tokenizer), dtype=np.int64)
+
+    @property
+    def n_held_out(self) -> int:
+        """Held-out batches, the last one perhaps a short one."""
+        return -(-len(self._held_out_rows) // (self.phases[-1].n_rows or 1))
+
+    def batch(self, index: int) -> Batch:
+        """Micro-batch number `index`."""
+        if self.held_out:
+            n_rows = self.phases[-1].n_rows or 1
+            return self._stack(self._held_out_rows[index * n_rows : (index + 1) * n_rows], self.phases[-1])
+        phase_idx, number = self._phase(index)
+        phase = self.phases[phase_idx]
+        assert phase.n_rows is not None
+        rows = [self._row(phase_idx, number * phase.n_rows + row) for row in range(phase.n_rows)]
+        return self._stack(rows, phase)
+
+    def _phase(self, index: int) -> tuple[int, int]:
+        """The phase of a batch, and its number there."""
+        for phase_idx, phase in enumerate(self.phases[:-1]):
+            assert phase.n_batches is not None
+            if index < phase.n_batches:
+                return phase_idx, index
+            index -= phase.n_batches
+        return len(self.phases) - 1, index
+
+    def _row(self, phase_idx: int, row: int) -> tuple[str, int]:
+        """Folder and window of row number `row` of a phase."""
+        phase = self.phases[phase_idx]
+        assert phase.folders is not None
+        assert phase.row_len is not None
+        names = sorted(phase.folders)
+        weights = tuple(phase.folders[name] for name in names)
+        which, numbers = mixture_block(weights, row // BLOCK, seed=(self.seed, phase_idx))
+        name, number = names[which[row % BLOCK]], int(numbers[row % BLOCK])
+        n_windows = (self.streams[name].n_tokens - 1) // phase.row_len
+        epoch, number = divmod(number, n_windows)
+        return name, shuffled(number, n_windows, seed=(self.seed, phase_idx, which[row % BLOCK], epoch))
+
+    def _stack(self, rows: Sequence[tuple[str, int]], phase: PhaseConfig) -> Batch:
+        row_len = phase.row_len
+        assert row_len is not None
+        windows = np.stack([self.streams[name].read(number * row_len, row_len + 1) for name, number in rows])
+        ids, targets = windows[:, :-1], windows[:, 1:].copy()
+        if not self.config.mask_documents:
+            return Batch(torch.from_numpy(ids.copy()), torch.from_numpy(targets))
+        documents = np.zeros(ids.shape, dtype=np.int32)
+        for row, (name, number) in enumerate(rows):
+            places = number * row_len + np.arange(row_len)
+            documents[row] = np.searchsorted(self.streams[name].ends, places, side="right")
+        documents -= documents[:, :1] - 1  # 0 is padding, and numbers stay small
+        targets[ids == self.end_id] = IGNORE  # the next document's first token follows from nothing
+        return Batch(torch.from_numpy(ids.copy()), torch.from_numpy(targets), torch.from_numpy(documents))
+
+    @cached_property
+    def _held_out_rows(self) -> list[tuple[str, int]]:
+        phase = self.phases[-1]
+        assert phase.row_len is not None
+        lengths = {name: self.streams[name].n_tokens for name in sorted(phase.folders or {})}
+        return [(name, number) for name, length in lengths.items() for number in range((length - 1) // phase.row_len)]
+
+    def _check(self) -> None:
+        """Refuse folders that do not go together or are too short."""
+        first, *others = self.streams.values()
+        for other in others:
+            if other.manifest.tokenizer != first.manifest.tokenizer:
+                raise ConfigError(
+                    f"{str(other.folder)!r} and {str(first.folder)!r} were prepared with different tokenizers; prepare "
+                    "both with one"
+                )
+        for phase in self.phases:
+            for name in phase.folders or {}:
+                n_tokens, row_len = self.streams[name].n_tokens, phase.row_len or 0
+                if n_tokens <= row_len:
+                    what = "held out" if self.held_out else "to learn from"
+                    raise DataError(
+                        f"prepared text {name!r} has {n_tokens:,} tokens {what}, and a row has {row_len} and one more: "
+                        "give more text or a shorter data.row_len"
+                    )
+
+
+@lru_cache(maxsize=8)
+def mixture_block(
+    weights: tuple[float, ...], block: int, *, seed: tuple[int, ...]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which source each of the BLOCK rows of a block has, and the number of that row among all of its source."""
+    shares = np.array(weights) / sum(weights)
+    rest = int(shares.argmax())  # takes what rounding leaves
+
+    def n_before(block: int) -> NDArray[np.int64]:
+        counts = np.floor(block * BLOCK * shares).astype(np.int64)
+        counts[rest] += block * BLOCK - counts.sum()
+        return counts
+
+    before, after = n_before(block), n_before(block + 1)
+    which = np.repeat(np.arange(len(shares)), after - before)
+    which = np.random.default_rng([MIX_STREAM, *seed, block]).permutation(which)
+    numbers = np.zeros(BLOCK, dtype=np.int64)
+    for source in range(len(shares)):
+        mine = which == source
+        numbers[mine] = before[source] + np.arange(mine.sum())
+    return which, numbers
+
+
+def shuffled(number: int, n: int, *, seed: tuple[int, ...]) -> int:
+    """Place of `number` in an order of 0 to n - 1 that needs no memory: a few rounds of a Feistel network, walked until
+    it falls inside (Black and Rogaway, 2002)."""
+    half = max(1, (n - 1).bit_length() + 1 >> 1)
+    mask = (1 << half) - 1
+    keys = _round_keys(seed)
+    while True:
+        left, right = number >> half, number & mask
+        for key in keys:
+            mixed = (right * 0x9E3779B97F4A7C15 + key) & 0xFFFFFFFFFFFFFFFF
+            mixed = ((mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+            left, right = right, left ^ ((mixed >> 32) & mask)
+        number = left << half | right
+        if number < n:
+            return number
+
+
+@lru_cache(maxsize=64)
+def _round_keys(seed: tuple[int, ...]) -> tuple[int, ...]:
+    rng = np.random.default_rng([ORDER_STREAM, *map(int, seed)])
+    return tuple(int(key) for key in rng.integers(0, 1 << 63, size=4))
+
+
+def open_folder(name: str) -> Path:
+    """A prepared folder by its path; builtin:python is prepared in the cache the first time."""
+    return builtin_python() if name == BUILTIN_PYTHON else Path(name)
+
+
+def builtin_python() -> Path:
+    """The running Python's standard library, prepared with a tokenizer of its own, in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "looplm"
+    folder = cache / f"python-{sysconfig.get_python_version()}-{BUILTIN_VOCAB}"
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=cache))
+    try:
+        tokenizer = train_bpe(read_documents(BUILTIN_PYTHON), vocab_size=BUILTIN_VOCAB)
+        prepare(PrepareConfig(sources=[BUILTIN_PYTHON], held_out=0.05), tokenizer, made)
+        made.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return folder

@@ -1,0 +1,108 @@
+"""Text that goes on: a pretrained model with its tokenizer, no prompt format."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from looplm.data.bpe import load_tokenizer
+from looplm.data.prepare import end_of_text
+from looplm.errors import ConfigError, DataError
+from looplm.infer.decoders import EarlyExit
+from looplm.infer.engine import Generation, OnToken, generate
+from looplm.infer.sampling import SamplingConfig
+from looplm.infer.speculate import Draft, speculate
+from looplm.model.looped import LoopedLM
+
+
+class Codec(Protocol):
+    """Text to ids and back; `end_id` ends a text, None where nothing does."""
+
+    @property
+    def end_id(self) -> int | None: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class Utf8:
+    """Text as its bytes."""
+
+    end_id = None
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+class Subwords:
+    """Text as the tokens of a tokenizer.json."""
+
+    def __init__(self, path: Path) -> None:
+        self.tokenizer = load_tokenizer(path)
+        self.end_id = end_of_text(self.tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One text gone on with."""
+
+    text: str
+    """What was added."""
+    generation: Generation
+
+
+class Completer:
+    """A model of text with its codec."""
+
+    def __init__(self, model: LoopedLM, codec: Codec) -> None:
+        self.model, self.codec = model, codec
+
+    def complete(
+        self,
+        prompts: Sequence[str],
+        *,
+        n_loops: int | None = None,
+        max_new_tokens: int = 256,
+        early: EarlyExit | None = None,
+        draft: Draft | None = None,
+        sampling: SamplingConfig | None = None,
+        on_token: OnToken | None = None,
+    ) -> list[Completion]:
+        """Go on with all prompts as one batch; `early` and `draft` as for `Reasoner.answer`.
+
+        Raises:
+            ConfigError: `early` and `draft` were both given.
+            DataError: a prompt is empty and nothing begins a text.
+        """
+        if draft is not None and early is not None:
+            raise ConfigError("exits and a draft were both given, and a draft is checked at full depth: give one")
+        end_id = self.codec.end_id
+        ids = [self._prompt_ids(prompt) for prompt in prompts]
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "n_loops": n_loops, "sampling": sampling}
+        options |= {"eos_id": -1 if end_id is None else end_id, "on_token": on_token}
+        if draft is not None:
+            generations = [told.generation for told in speculate(self.model, ids, draft=draft, **options)]
+        else:
+            generations = generate(self.model, ids, early=early, **options)
+        kept = [[token for token in generation.ids if token != end_id] for generation in generations]
+        return [
+            Completion(self.codec.decode(each), generation) for each, generation in zip(kept, generations, strict=True)
+        ]
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        """The end of the text before, as in training, then the prompt's own."""
+        start = [] if self.codec.end_id is None else [self.codec.end_id]
+        ids = [*start, *self.codec.encode(prompt)]
+        if not ids:
+            raise DataError("the prompt is empty; begin a text, for example: The")
+        return ids

@@ -37,7 +37,7 @@ def test_help_imports_no_torch() -> None:
     code = "import sys, looplm.cli.main; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     out = succeeds("--help")
-    for verb in ("train", "eval", "calibrate", "chat", "generate", "count", "config", "demo"):
+    for verb in ("train", "eval", "calibrate", "chat", "generate", "count", "config", "demo", "data", "tokenizer"):
         assert verb in out
         assert succeeds(verb, "--help")
 
@@ -159,6 +159,35 @@ def test_a_calibrated_rule_is_stored_and_used(tmp_path: Path, s3_run: Path) -> N
     assert 2 <= scores["rows"][0]["mean_loops"] <= 4
 
 
+def test_text_is_prepared_looked_at_trained_on_and_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The cat sat on the mat and the dog sat on the log. " * 40)
+    (tmp_path / "b.jsonl").write_text('{"text": "The cat ran."}\nno record\n{"text": " "}\n')
+    tokenizer, out = str(tmp_path / "tok"), str(tmp_path / "prepared")
+    succeeds("tokenizer", "train", str(tmp_path / "a.txt"), "--vocab", "280", "--out", tokenizer)
+    words = (str(tmp_path / "*.[tj]*"), "--tokenizer", tokenizer, "--held-out", "0", "--out", out)
+    said = succeeds("data", "prepare", *words)
+    assert "0 held out" in said
+    assert "left out: 1 documents, not JSON" in said
+    assert "looplm train pretrain data.folders=" in said
+    assert succeeds("data", "prepare", *words) == said  # nothing is done again
+    looked = succeeds("data", "prepare", "--inspect", "--out", out)
+    assert "train-00000.bin" in looked
+    assert "right" in looked
+    assert "The cat" in looked
+    tiny = ["model.d_model=32", "model.block.attention={n_heads: 1, n_kv_heads: 1}", "model.vocab_size=280"]
+    tiny += ["data.n_rows=1", "data.row_len=16", "train.validate_every=null", "train.n_workers=0"]
+    runtime = "train.runtime={device: cpu, precision: fp32, compile: false, n_threads: 1}"
+    run = str(tmp_path / "run")
+    succeeds("train", "pretrain", f"data.folders={out}", *tiny, runtime, "--steps", "2", "--out", run)
+    record = json.loads(succeeds("generate", run, "--prompt", "The cat", "--max-new-tokens", "3", "--json"))
+    assert record["n_tokens"] <= 3
+    assert "answer" not in record
+    assert succeeds("generate", run, "--prompt", "The cat", "--max-new-tokens", "3").startswith("The cat")
+    shard = tmp_path / "prepared" / "train-00000.bin"
+    shard.write_bytes(bytes(len(shard.read_bytes())))
+    assert "WRONG" in succeeds("data", "prepare", "--inspect", "--out", out)
+
+
 def test_train_trains_says_where_and_resumes(tmp_path: Path, tiny_reason: list[str]) -> None:
     folder = tmp_path / "r"
     out = succeeds("train", "reason", "--steps", "3", "--seed", "5", "--out", str(folder), *tiny_reason)
@@ -203,6 +232,12 @@ def test_train_trains_says_where_and_resumes(tmp_path: Path, tiny_reason: list[s
         (["eval", "builtin:reasoner", "--exit", "gate:0.5"], "reads a learned gate"),
         (["eval", "{s3}", "--exit", "latent", "--missing", "last"], "--missing is for the reasoning suite"),
         (["eval", "{s3}", "--suite", "loops", "--exit", "latent:0.1"], "--exit is for the other suites"),
+        (["data", "prepare", "--out", "{s3}/none"], "no source given"),
+        (["data", "prepare", "builtin:python", "--out", "{s3}/none"], "looplm tokenizer train"),
+        (["data", "prepare", "--inspect", "--out", "{s3}"], "is not prepared text"),
+        (["train", "pretrain", "data.folders={s3}"], "is not prepared text; make it: looplm data prepare"),
+        (["train", "pretrain", "data.folders={}"], "0 folders are mixed"),
+        (["eval", "{s3}", "--plot", "x.png"], "add --suite loops"),
         (["calibrate", "{s3}", "--max-loss", "5"], "--max-loss 5 is a share"),
         (["calibrate", "{s3}", "--rule", "latent:0.1"], "give the kind alone"),
         (["calibrate", "{s3}", "--lengths", "3", "--n", "10"], "give --n 598 or more"),

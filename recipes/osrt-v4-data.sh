@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The tokenizer and the eight datasets of `looplm train pretrain-osrt-v4`, streamed from the Hugging Face hub: hundreds of
+# gigabytes and days in full. Stopped, it goes on.
+set -euo pipefail
+TOKENIZER=${TOKENIZER:-prepared/tokenizer}
+
+declare -A SOURCES=(
+  [tinystories]="hub:roneneldan/TinyStories"
+  [codeparrot]="hub:codeparrot/codeparrot-clean"
+  [fineweb-edu]="hub:HuggingFaceFW/fineweb-edu,sample-100BT"
+  [pes2o]="hub:allenai/peS2o,v2"
+  [wikipedia]="hub:wikimedia/wikipedia,20231101.en"
+  [smoltalk]="hub:HuggingFaceTB/smoltalk,all"
+  [evol-instruct]="hub:nickrosh/Evol-Instruct-Code-80k-v1"
+  [openhermes]="hub:teknium/OpenHermes-2.5"
+)
+
+mkdir -p prepared
+if [ ! -e "$TOKENIZER/tokenizer.json" ]; then
+  looplm tokenizer train --vocab 65536 --out "$TOKENIZER" \
+    "${SOURCES[fineweb-edu]}" "${SOURCES[codeparrot]}" "${SOURCES[wikipedia]}"
+fi
+for name in "${!SOURCES[@]}"; do
+  looplm data prepare "${SOURCES[$name]}" --tokenizer "$TOKENIZER" --out "prepared/$name"
+done

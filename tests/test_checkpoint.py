@@ -215,10 +215,10 @@ def test_a_text_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     path = tmp_path / "config.yaml"
     checkpoint.write_text(path, "old")
 
-    def full(self: Path, text: str, encoding: str) -> None:
+    def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(TrainingError, match=r"No space left.*intact"):
         checkpoint.write_text(path, "new")
     assert path.read_text() == "old"

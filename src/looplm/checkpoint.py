@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from looplm.config import load_yaml, parse
 from looplm.errors import CheckpointError, TrainingError
+from looplm.files import write_whole
 from looplm.model.looped import LoopedLM, ModelConfig
 
 MODEL, TRAINING, STATE, MARKER, CONFIG = (
@@ -235,11 +236,8 @@ def restore_optimizers(optimizers: list[Optimizer], tensors: dict[str, Tensor], 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file whole or not at all."""
-    temporary = path.with_name(path.name + ".partial")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        _sync(temporary)
-        temporary.replace(path)
+        write_whole(path, text.encode())
     except OSError as error:
         raise TrainingError(
             f"{path} could not be written ({error.strerror}); what was there before is intact"

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -232,11 +233,13 @@ def test_train_trains_says_where_and_resumes(tmp_path: Path, tiny_reason: list[s
         (["eval", "builtin:reasoner", "--exit", "gate:0.5"], "reads a learned gate"),
         (["eval", "{s3}", "--exit", "latent", "--missing", "last"], "--missing is for the reasoning suite"),
         (["eval", "{s3}", "--suite", "loops", "--exit", "latent:0.1"], "--exit is for the other suites"),
-        (["data", "prepare", "--out", "{s3}/none"], "no source given"),
-        (["data", "prepare", "builtin:python", "--out", "{s3}/none"], "looplm tokenizer train"),
+        (["data", "prepare", "--out", "{tmp}/none"], "no source given"),
+        (["data", "prepare", "builtin:python", "--out", "{tmp}/none"], "looplm tokenizer train"),
         (["data", "prepare", "--inspect", "--out", "{s3}"], "is not prepared text"),
-        (["train", "pretrain", "data.folders={s3}"], "is not prepared text; make it: looplm data prepare"),
-        (["train", "pretrain", "data.folders={}"], "0 folders are mixed"),
+        (
+            ["train", "pretrain", "data.folders={s3}", "--out", "{tmp}/x"],
+            "is not prepared text; make it: looplm data prepare",
+        ),
         (["eval", "{s3}", "--plot", "x.png"], "add --suite loops"),
         (["calibrate", "{s3}", "--max-loss", "5"], "--max-loss 5 is a share"),
         (["calibrate", "{s3}", "--rule", "latent:0.1"], "give the kind alone"),
@@ -262,6 +265,11 @@ def test_train_trains_says_where_and_resumes(tmp_path: Path, tiny_reason: list[s
         (["count", "nrm"], "no model preset named 'nrm'; did you mean 'nrm-0.9m'"),
         (["config", "reason", "train.sed=1"], "did you mean 'seed'"),
         (["demo", "--minutes", "0"], "is not a wall time"),
+        (["tokenizer", "train", "--out", "{tmp}/t"], "no source given"),
+        (["tokenizer", "train", "{tmp}/nowhere", "--out", "{tmp}/t"], "no such file, folder or glob"),
+        (["tokenizer", "train", "builtin:python", "--vocab", "99", "--out", "{tmp}/t"], "14 tags and 256 bytes"),
+        (["tokenizer", "train", "builtin:python", "--digits", "4", "--out", "{tmp}/t"], "digits is 4"),
+        (["tokenizer", "train", "builtin:python", "--sample-bytes", "0", "--out", "{tmp}/t"], "sample of 0 bytes"),
     ],
 )
 def test_a_mistake_is_one_clear_line(words: list[str], says: str, tmp_path: Path, s3_run: Path) -> None:
@@ -271,6 +279,43 @@ def test_a_mistake_is_one_clear_line(words: list[str], says: str, tmp_path: Path
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.strip().splitlines()) == 1
     assert "Traceback" not in done.stderr
+
+
+def test_tokenizer_train_saves_and_reports(tmp_path: Path) -> None:
+    texts, small, folder = tmp_path / "texts.jsonl", tmp_path / "small.txt", tmp_path / "tok"
+    texts.write_text("".join(f'{{"body": "line {i} of 100"}}\n' for i in range(100)) + '{"body": 1}\n\nno json\n')
+    small.write_text("a small text")
+    words = ("tokenizer", "train", str(texts), str(small), "--vocab", "275", "--field", "body", "--out", str(folder))
+    out = succeeds(*words)
+    assert "skipped" in out
+    assert "1 without body" in out
+    assert "1 not JSON" in out
+    assert re.search(r"│ +1,[0-9]{3} │ +[0-9]{2} │", out)  # read, and of that measured, held out
+    assert re.search(r"│ +12 │ +12 \* │", out)
+    assert f"saved {folder}: 275 tokens, from 101 documents" in out
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    assert [token["content"] for token in saved["added_tokens"][10:12]] == ["<|/answer|>", "<|user|>"]
+    for changed, says in (
+        ([], "already holds a tokenizer"),
+        (["--vocab", "9999", "--out", f"{folder}2"], "ask for 27"),
+    ):
+        refused = looplm(*words, *changed)
+        assert refused.returncode == 1
+        assert says in refused.stderr
+        assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "tok2").exists()
+
+
+def test_tokenizer_train_stops_and_writes_nothing(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "looplm", "tokenizer", "train", "builtin:python", "--vocab", "30000"]
+    process = subprocess.Popen([*words, "--out", str(tmp_path / "tok")], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert "reading up to 1,000 MB" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert rest == "stopped; nothing was written\n"
+    assert not (tmp_path / "tok").exists()
 
 
 def test_an_unknown_option_is_refused() -> None:

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from looplm.cli import compare, convert, data, evaluate, inspect, talk, train
+from looplm.cli import compare, convert, data, evaluate, inspect, talk, tokenizer, train
 from looplm.errors import LooplmError
 
 app = typer.Typer(
@@ -16,6 +16,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
+app.add_typer(tokenizer.app, name="tokenizer")
 app.command("eval")(evaluate.evaluate)
 app.command("calibrate")(evaluate.calibrate)
 app.command("compare")(compare.compare)

@@ -86,7 +86,7 @@ class CountProgress:
     ) -> None:
         self._bar.stop()
 
-    def __call__(self, n_more: int) -> None:
+    def __call__(self, n_more: float) -> None:
         self._bar.advance(self._task, n_more)
 
 

@@ -7,7 +7,6 @@ text that a chat template has written.
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from looplm.errors import ConfigError, DataError
+from looplm.files import write_whole
 
 # Ids are places in this tuple: v4's order and spelling, so that its checkpoints keep their meaning.
 SPECIAL = (
@@ -38,8 +38,8 @@ N_BYTES = 256
 MAX_DIGITS = 3
 FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 
-# What both Hugging Face and plain Jinja render, with or without `trim_blocks`: no line ends, no extension's tags. A
-# prompt ends with the tag of whoever speaks next; only the assistant's turns are closed, for that is what it must learn.
+# What both Hugging Face and plain Jinja render, with or without `trim_blocks`: no line ends, no extension's tags. Only
+# the assistant's turns are closed, for it alone must learn where they end.
 CHAT_TEMPLATE = (
     "<|begin_of_text|>"
     "{% for message in messages %}"
@@ -72,8 +72,8 @@ class Compression:
 def train_bpe(texts: Iterable[str], *, vocab_size: int, digits: int = 1, min_frequency: int = 2) -> Tokenizer:
     """Learn the merges of a text; the same text gives the same tokenizer.
 
-    `digits` is the most of them in one token. One keeps a number's columns where they are, whatever its length; with 2 or
-    3 the pieces of 1234 are not those of 234, which costs accuracy in arithmetic. The price of one is longer numbers.
+    `digits` is the most of them in one token. With one, a number's columns look the same whatever its length; with 2 or
+    3 the pieces of 1234 are not those of 234, which makes arithmetic hard to learn. The price is longer numbers.
     `min_frequency` is how often a pair must occur to be merged. Nothing is put before or after an encoded text: v4's
     tokenizer ended every prompt with the end-of-text tag.
 
@@ -81,7 +81,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, digits: int = 1, min_fre
         ConfigError: a value out of range, or a vocabulary larger than the text can fill.
         DataError: there is no text.
     """
-    _check(vocab_size=vocab_size, digits=digits, min_frequency=min_frequency)
+    check_options(vocab_size=vocab_size, digits=digits, min_frequency=min_frequency)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -106,10 +106,28 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, digits: int = 1, min_fre
         n_merges = found - len(SPECIAL) - N_BYTES
         raise ConfigError(
             f"a vocabulary of {vocab_size:,} is more than this text fills: its {counted.n_bytes:,} bytes hold "
-            f"{n_merges:,} merges of pairs seen {min_frequency} times or more; ask for {found} or less, or give more text"
+            f"{n_merges:,} merges of pairs seen {min_frequency} times or more; ask for {found:,} or less, or read more"
         )
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def check_options(*, vocab_size: int, digits: int = 1, min_frequency: int = 2) -> None:
+    """Refuse, before any text is read, what `train_bpe` cannot do.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+    least = len(SPECIAL) + N_BYTES
+    if vocab_size < least:
+        raise ConfigError(
+            f"a vocabulary of {vocab_size} is too small: {len(SPECIAL)} tags and {N_BYTES} bytes take {least}; "
+            "give that or more"
+        )
+    if not 1 <= digits <= MAX_DIGITS:
+        raise ConfigError(f"digits is {digits}; a token holds at most 1, 2 or {MAX_DIGITS} of them")
+    if min_frequency < 1:
+        raise ConfigError(f"min_frequency is {min_frequency}; give 1 or more")
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -130,8 +148,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,  # it would take the space out of "so ."
         "chat_template": CHAT_TEMPLATE,
     }
-    _write(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    _write(folder / FILE, tokenizer.to_str(pretty=True))  # last: a folder without it holds no tokenizer
+    write_whole(folder / CONFIG_FILE, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    write_whole(folder / FILE, tokenizer.to_str(pretty=True).encode())  # last: a folder without it holds no tokenizer
 
 
 def check_new(folder: Path) -> None:
@@ -174,9 +192,7 @@ def token_bytes(tokenizer: Tokenizer) -> list[int]:
         ConfigError: the tokenizer is not byte-level.
     """
     if not isinstance(tokenizer.decoder, decoders.ByteLevel):
-        raise ConfigError(
-            "bytes per token are known of byte-level tokenizers only; make one with `looplm tokenizer train`"
-        )
+        raise ConfigError("bytes per token are known of byte-level tokenizers only, as `looplm tokenizer train` makes")
     tags = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     # a byte-level vocabulary writes each byte as one character
     return [0 if i in tags else len(tokenizer.id_to_token(i) or "") for i in range(tokenizer.get_vocab_size())]
@@ -215,26 +231,3 @@ def _piece(digits: int) -> str:
         r"\s+",
     )
     return "|".join(kinds)
-
-
-def _check(*, vocab_size: int, digits: int, min_frequency: int) -> None:
-    least = len(SPECIAL) + N_BYTES
-    if vocab_size < least:
-        raise ConfigError(
-            f"a vocabulary of {vocab_size} is too small: {len(SPECIAL)} tags and {N_BYTES} bytes take {least}; "
-            "give that or more"
-        )
-    if not 1 <= digits <= MAX_DIGITS:
-        raise ConfigError(f"digits is {digits}; a token holds at most 1, 2 or {MAX_DIGITS} of them")
-    if min_frequency < 1:
-        raise ConfigError(f"min_frequency is {min_frequency}; give 1 or more")
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file whole or not at all."""
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -13,7 +13,6 @@ within a shard; training draws rows from all over.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -28,6 +27,7 @@ from tokenizers import Tokenizer
 from looplm.config import Config
 from looplm.data.documents import Skipped, parts_of, read_documents
 from looplm.errors import ConfigError, DataError
+from looplm.files import write_whole
 
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 TRAIN, HELD_OUT = "train", "held_out"
@@ -169,7 +169,7 @@ def _begin(config: PrepareConfig, tokenizer: Tokenizer, folder: Path) -> Manifes
                 )
         return old
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / TOKENIZER, text.encode())
+    write_whole(folder / TOKENIZER, text.encode())
     _write_manifest(new, folder)
     return new
 
@@ -248,7 +248,7 @@ def _close(manifest: Manifest, kept: _Kept, folder: Path, *, seed: int, at: tupl
         order = np.random.default_rng([SHUFFLE_STREAM, seed, number]).permutation(len(documents))
         shuffled = [documents[index] for index in order]
         path = folder / f"{split}-{number:05}.bin"
-        _write(path, np.concatenate(shuffled).astype(np.dtype(manifest.dtype).newbyteorder("<")).tobytes())
+        write_whole(path, np.concatenate(shuffled).astype(np.dtype(manifest.dtype).newbyteorder("<")).tobytes())
         ends = np.cumsum([len(each) for each in shuffled], dtype=np.int64)
         with path.with_suffix(".ends.npy").open("wb") as file:
             np.save(file, ends)
@@ -261,14 +261,4 @@ def _close(manifest: Manifest, kept: _Kept, folder: Path, *, seed: int, at: tupl
 
 def _write_manifest(manifest: Manifest, folder: Path) -> None:
     data = {**vars(manifest), "shards": [vars(shard) for shard in manifest.shards]}
-    _write(folder / MANIFEST, (json.dumps(data, indent=1) + "\n").encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_whole(folder / MANIFEST, (json.dumps(data, indent=1) + "\n").encode())

@@ -13,7 +13,7 @@ from looplm.data.bytes import VOCAB_SIZE as N_BYTES
 from looplm.data.bytes import BytesConfig
 from looplm.data.prepare import TOKENIZER
 from looplm.data.prepared import PreparedConfig, PreparedSource
-from looplm.data.sources import DataConfig, PermutationsConfig, held_out_text, make_source, row_length
+from looplm.data.sources import DataConfig, PermutationsConfig, Source, held_out_text, make_source, row_length
 from looplm.data.tasks import permutations
 from looplm.data.tokenizer import VOCAB_SIZE
 from looplm.errors import ConfigError, TrainingError
@@ -114,8 +114,9 @@ def start_run(config: RunConfig, out: Path, *, observers: tuple[Observer, ...] =
         raise TrainingError(
             f"run folder {str(out)!r} cannot be written ({error.strerror}); give another --out"
         ) from None
+    source = _source(config)  # before anything is written: what cannot be read leaves no folder that looks begun
     write_text(out / CONFIG, to_yaml(config))
-    return _train(config, out, observers=observers)
+    return _train(config, source, out, observers=observers)
 
 
 def resume_run(run: Path, *, overrides: Iterable[str] = (), observers: tuple[Observer, ...] = ()) -> FitResult:
@@ -131,19 +132,23 @@ def resume_run(run: Path, *, overrides: Iterable[str] = (), observers: tuple[Obs
     config = parse(RunConfig, apply_overrides(load_yaml(folder / CONFIG), overrides), source=str(folder / CONFIG))
     if overrides:
         write_text(folder / CONFIG, to_yaml(config))
-    return _train(config, folder, observers=observers)
+    return _train(config, _source(config), folder, observers=observers)
 
 
-def _train(config: RunConfig, folder: Path, *, observers: tuple[Observer, ...]) -> FitResult:
+def _source(config: RunConfig) -> Source:
+    source = make_source(config.data, seed=config.train.seed)
+    if isinstance(source, PreparedSource) and config.model.vocab_size < source.vocab_size:
+        raise ConfigError(
+            f"the text has {source.vocab_size} kinds of tokens and the model {config.model.vocab_size}: give "
+            f"model.vocab_size={source.vocab_size}"
+        )
+    return source
+
+
+def _train(config: RunConfig, source: Source, folder: Path, *, observers: tuple[Observer, ...]) -> FitResult:
     torch.manual_seed(config.train.seed)
     model = LoopedLM(config.model)
-    source = make_source(config.data, seed=config.train.seed)
     if isinstance(source, PreparedSource):
-        if config.model.vocab_size < source.vocab_size:
-            raise ConfigError(
-                f"the text has {source.vocab_size} kinds of tokens and the model {config.model.vocab_size}: give "
-                f"model.vocab_size={source.vocab_size}"
-            )
         write_text(folder / TOKENIZER, source.tokenizer.to_str())
     return fit(model, source, config.train, folder=folder, observers=observers, validate=lambda: _validation(config))
 

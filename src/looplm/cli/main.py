@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -37,10 +38,14 @@ def main() -> None:
     try:
         app()
     except LooplmError as error:
-        typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-        typer.echo(str(error), err=True)
-        sys.exit(1)
+        _fail(str(error))
     except OSError as error:  # a disk that filled up, a folder that vanished: nothing of ours can mend it
+        _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
+
+
+def _fail(message: str) -> NoReturn:
+    """Say it, once where torchrun has started many of us on this machine, and end."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-        typer.echo(f"{error.filename or 'the system'}: {error.strerror or error}", err=True)
-        sys.exit(1)
+        typer.echo(message, err=True)
+    sys.exit(1)

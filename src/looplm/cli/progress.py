@@ -1,5 +1,6 @@
 """What a person sees of a run while it goes on: a bar in a terminal, a line now and then elsewhere."""
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -16,7 +17,7 @@ class TrainingProgress:
     """An observer of `fit`: loss, loops, tokens/s and time left."""
 
     def __init__(self, label: str = "training") -> None:
-        self.is_terminal = sys.stderr.isatty()
+        self.is_terminal = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
         self.label = label
         self._started = time.perf_counter()
         self._first: tuple[float, float] | None = None

@@ -27,8 +27,12 @@ def train(
         Path | None, typer.Option(help="Continue this run folder in place of starting one.", show_default=False)
     ] = None,
 ) -> None:
-    """Train a model. Ctrl-C saves a checkpoint and says how to go on."""
+    """Train a model. Ctrl-C saves a checkpoint and says how to go on.
+
+    On several GPUs or machines: torchrun --nproc-per-node N -m looplm train ...
+    """
     from looplm.cli.progress import TrainingProgress
+    from looplm.dist import is_main
     from looplm.errors import ConfigError
     from looplm.train.run import resolve_run, resume_run, start_run
 
@@ -53,6 +57,8 @@ def train(
         config = resolve_run(recipe, overrides=overrides, model=model)
         with TrainingProgress() as progress:
             result = start_run(config, folder, observers=(progress,))
+    if not is_main():
+        return
     position = result.position
     share = position.seconds_waited / max(position.seconds, 1e-9)
     typer.echo(

@@ -21,9 +21,10 @@ class _Numbered(Dataset[Batch]):
 
 
 class Loader:
-    """Iterates over batches `start`, `start + 1`, ... for ever. `seconds_waited` is the time spent waiting for them."""
+    """Iterates over batches `start`, `start + step`, ... for ever. `seconds_waited` is the time spent waiting for
+    them."""
 
-    def __init__(self, source: Source, *, start: int, n_workers: int) -> None:
+    def __init__(self, source: Source, *, start: int, n_workers: int, step: int = 1) -> None:
         os.environ.setdefault(
             "TOKENIZERS_PARALLELISM", "false"
         )  # one thread per worker; also silences a warning at fork
@@ -31,7 +32,7 @@ class Loader:
         self._loader = DataLoader(
             _Numbered(source),
             batch_size=None,
-            sampler=range(start, 1 << 62),
+            sampler=range(start, 1 << 62, step),
             num_workers=n_workers,
             prefetch_factor=4 if n_workers else None,
             worker_init_fn=_ignore_interrupt,

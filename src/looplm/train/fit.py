@@ -9,7 +9,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -18,8 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from looplm import dist
 from looplm.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
 from looplm.config import Config
 from looplm.data.loader import Loader
@@ -71,7 +74,7 @@ class TrainConfig(Config):
     exit_gate: ExitGateConfig | None = None
     """Train a learned exit gate (model.exit.kind=gate); null where there is none."""
     accumulate: PositiveInt = 1
-    """Micro-batches per step."""
+    """Micro-batches per step, those of all ranks together: the same run whatever their number."""
     grad_clip: PositiveFloat | None = 1.0
     """Largest global gradient norm; null for no clipping."""
     n_workers: NonNegativeInt = 1
@@ -169,6 +172,16 @@ def fit(
         torch.set_num_threads(n_threads)  # the runtime's choice is this run's, not the process's
 
 
+def check_ranks(config: TrainConfig) -> None:
+    """Refuse a step that the ranks cannot share alike."""
+    n_ranks = dist.n_ranks()
+    if config.accumulate % n_ranks:
+        raise ConfigError(
+            f"a step of {config.accumulate} micro-batches cannot be shared by {n_ranks} ranks: give "
+            f"train.accumulate={-(-config.accumulate // n_ranks) * n_ranks}"
+        )
+
+
 class _Fit:
     """The state of one run while it runs."""
 
@@ -186,12 +199,15 @@ class _Fit:
         self.last_batch: Batch
         self.said: set[str] = set()  # worries
         self.validate: Validate | None = None
-        is_resumed = bool(checkpoints(folder))
+        check_ranks(config)
+        is_resumed = dist.from_main(bool(checkpoints(folder)))
         if is_resumed:
             self.position, self.runtime = self._saved_state()
         else:
             self.position = Position()
-            self.runtime = self._choose_runtime()
+            chosen = dist.from_main(self._choose_runtime() if dist.is_main() else None)
+            assert chosen is not None
+            self.runtime = chosen
         self.seconds_before, self.waited_before = self.position.seconds, self.position.seconds_waited
         # the model moves before its optimizers are made: they hold its parameters, and their state follows those
         self.runtime.apply(model, rows_vary=isinstance(config.plan, PoissonPlanConfig))
@@ -203,21 +219,29 @@ class _Fit:
         self.optimizers: list[Optimizer] = make_optimizers(model, config.optimizer, muon_dtype=muon_dtype)
         if is_resumed:
             load_checkpoint(folder, model=model, optimizers=self.optimizers)
+        self.loss: _Loss | DistributedDataParallel = _Loss(self)
+        if dist.n_ranks() > 1:
+            # plans differ between ranks, and with them what is used of the parts that belong to one loop
+            self.loss = DistributedDataParallel(self.loss, broadcast_buffers=False, find_unused_parameters=True)
 
     def run(self) -> FitResult:
         config, position = self.config, self.position
-        loader = Loader(self.source, start=position.step * config.accumulate, n_workers=config.n_workers)
+        first = position.step * config.accumulate + dist.rank()
+        loader = Loader(self.source, start=first, n_workers=config.n_workers, step=dist.n_ranks())
         batches = iter(loader)
-        sinks = make_sinks(self.folder, from_step=position.step)
+        sinks = make_sinks(self.folder, from_step=position.step) if dist.is_main() else []
         last_saved, last_logged, tokens_logged = time.perf_counter(), time.perf_counter(), position.tokens
         record: Record = {"loss": float("nan")}
+        is_stopped = False
         try:
             with _interruptible() as interrupted:
-                while config.progress(position) < 1 and not interrupted():
+                while config.progress(position) < 1 and not (is_stopped := self._any(interrupted())):
                     record = self._step(batches)
                     now = time.perf_counter()
-                    position.seconds = self.seconds_before + now - self.started
-                    position.seconds_waited = self.waited_before + loader.seconds_waited
+                    clocks = [self.seconds_before + now - self.started, self.waited_before + loader.seconds_waited]
+                    # ranks' clocks differ, and they have to do the same
+                    told = dist.largest([*clocks, now - last_saved], device=self.device)
+                    position.seconds, position.seconds_waited, since_saved = told
                     probed = self._probe() | self._validate()
                     if position.step % config.log_every == 0 or probed or config.progress(position) >= 1:
                         record |= probed
@@ -227,36 +251,51 @@ class _Fit:
                         record["progress"] = min(config.progress(position), 1.0)
                         last_logged, tokens_logged = now, position.tokens
                         self._report(record, sinks)
-                    if self._checkpoint_due(now - last_saved):
+                    if self._checkpoint_due(since_saved):
                         self._save()
                         last_saved = now
                 checkpoint = self._save()
-                return FitResult(position, interrupted(), checkpoint, float(record["loss"]), self.runtime)
+                return FitResult(position, is_stopped, checkpoint, float(record["loss"]), self.runtime)
         finally:
             for sink in sinks:
                 sink.close()
+
+    def _any(self, is_so: bool) -> bool:
+        """Whether it is so on any rank."""
+        return bool(dist.largest([is_so], device=self.device)[0])
 
     def _step(self, batches: Iterator[Any]) -> Record:
         """One optimizer update."""
         config, position = self.config, self.position
         scale = config.schedule.scale(config.progress(position))
-        rng = np.random.default_rng([config.seed, position.step, PLAN_STREAM])
         loss = torch.zeros((), device=self.device)
-        n_loops = 0.0
+        n_loops, n_tokens_seen = 0.0, 0.0
         loads: list[tuple[int, torch.Tensor]] = []
-        for batch in islice(batches, config.accumulate):
+        numbers = range(dist.rank(), config.accumulate, dist.n_ranks())
+        for number, batch in zip(numbers, islice(batches, len(numbers)), strict=True):
             batch = self.last_batch = batch.to(self.device)
+            # a stream for each micro-batch, so that it is the same whichever rank has it
+            rng = np.random.default_rng([config.seed, position.step, PLAN_STREAM, *([number] if number else [])])
             n_rows, n_tokens = batch.ids.shape
             at_level = config.plan.at(position.level) if isinstance(config.plan, CurriculumPlanConfig) else config.plan
             plan = at_level.sample(rng, n_tokens=n_tokens, n_rows=n_rows)
             plan = replace(plan, recompute=config.recompute)
             seed = int(rng.integers(1 << 62)) if config.state_loss is not None else 0
-            with self.runtime.autocast():
-                part = self._loss(batch, plan, seed=seed, loads=loads)
-            (part / config.accumulate).backward()
+            with self._synchronised(is_last=number == numbers[-1]):
+                with self.runtime.autocast():
+                    part = self.loss(batch, plan, seed=seed, loads=loads)
+                (part / len(numbers)).backward()
             loss += part.detach() / config.accumulate
-            position.tokens += batch.n_tokens
+            n_tokens_seen += batch.n_tokens
             n_loops += plan.mean_loops
+        if dist.n_ranks() > 1:
+            loss = dist.sum_tensor(loss)
+            n_loops, n_tokens_seen = dist.summed([n_loops, n_tokens_seen], device=self.device)
+            by_layer: dict[int, torch.Tensor] = {}  # ranks have run other numbers of loops, but the same layers
+            for layer_idx, load in loads:
+                by_layer[layer_idx] = by_layer[layer_idx] + load if layer_idx in by_layer else load
+            loads = [(layer_idx, dist.sum_tensor(load)) for layer_idx, load in sorted(by_layer.items())]
+        position.tokens += int(n_tokens_seen)
         norm = gradient_norm(self.model)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise TrainingError(self._non_finite(float(loss), float(norm)))
@@ -285,7 +324,13 @@ class _Fit:
             record["max_load"] = float(torch.stack([load.max() / load.float().mean() for _, load in loads]).max())
         return record
 
-    def _loss(
+    def _synchronised(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """Gradients are averaged over the ranks in the backward pass of a step's last micro-batch alone."""
+        if isinstance(self.loss, DistributedDataParallel) and not is_last:
+            return self.loss.no_sync()
+        return nullcontext()
+
+    def loss_of(
         self, batch: Batch, plan: LoopPlan, *, seed: int = 0, loads: list[tuple[int, torch.Tensor]] | None = None
     ) -> torch.Tensor:
         config = self.config
@@ -320,7 +365,9 @@ class _Fit:
         else:
             return
         with self.runtime.autocast():
-            is_learned = next_token_score(self.model, [asked], n_loops=n_loops).accuracy >= gate
+            score = next_token_score(self.model, [asked], n_loops=n_loops)
+        n_right, n = dist.summed([score.n_right, score.n], device=self.device)
+        is_learned = n_right / n >= gate
         position.level = min(n_levels, position.level + is_learned)
         if isinstance(source, PermutationsSource):
             source.level = position.level
@@ -328,7 +375,7 @@ class _Fit:
     def _probe(self) -> Record:
         """What the loops do, where it is time to ask; what is worrying about it is said once."""
         every, n_loops = self.config.probe_every, self.model.config.n_loops
-        if every is None or self.position.step % every:
+        if every is None or self.position.step % every or not dist.is_main():
             return {}
         with self.runtime.autocast():
             found = probe_loops(self.model, self.last_batch, n_loops=n_loops)
@@ -342,7 +389,12 @@ class _Fit:
     def _validate(self) -> Record:
         """What held-out data says, where it is time to ask."""
         every, step = self.config.validate_every, self.position.step
-        if self.validate is None or every is None or (step % every and self.config.progress(self.position) < 1):
+        if (
+            self.validate is None
+            or every is None
+            or not dist.is_main()
+            or (step % every and self.config.progress(self.position) < 1)
+        ):
             return {}
         with self.runtime.autocast():
             return self.validate(self.model)
@@ -355,7 +407,7 @@ class _Fit:
         except TrainingError:
             self._save()
             raise
-        for observer in self.observers:
+        for observer in self.observers if dist.is_main() else ():
             observer(record)
 
     def _saved_state(self) -> tuple[Position, Runtime]:
@@ -392,7 +444,7 @@ class _Fit:
 
         def trial(runtime: Runtime) -> None:
             with runtime.autocast():
-                self._loss(batch, plan).backward()
+                self.loss_of(batch, plan).backward()
             self.model.zero_grad(set_to_none=True)
 
         steps = min(config.steps or 10**12, (config.tokens or 10**18) // (batch.n_tokens * config.accumulate))
@@ -405,7 +457,13 @@ class _Fit:
         return seconds_since >= 60 * self.config.checkpoint_minutes
 
     def _save(self) -> Path:
-        return save_checkpoint(
+        if dist.is_main():
+            self._write()
+        dist.wait()
+        return checkpoints(self.folder)[-1]
+
+    def _write(self) -> None:
+        save_checkpoint(
             self.folder,
             step=self.position.step,
             model=self.model,
@@ -425,6 +483,18 @@ class _Fit:
             f"step {self.position.step + 1}: loss is {loss}, gradient norm {norm}; stopped before the optimizer moved, "
             f"{back}. Lower train.optimizer.muon_lr and adamw_lr, or train.grad_clip."
         )
+
+
+class _Loss(nn.Module):
+    """The loss as a module's forward: what averages gradients over ranks wraps a module."""
+
+    def __init__(self, run: _Fit) -> None:
+        super().__init__()
+        self.model = run.model
+        self._of: Callable[..., torch.Tensor] = run.loss_of
+
+    def forward(self, batch: Batch, plan: LoopPlan, **options: Any) -> torch.Tensor:
+        return self._of(batch, plan, **options)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from pydantic import model_validator
 
+from looplm import dist
 from looplm.checkpoint import CONFIG, run_folder, write_text
 from looplm.config import Config, apply_overrides, load_preset, load_yaml, parse, to_yaml
 from looplm.data.bytes import VOCAB_SIZE as N_BYTES
@@ -21,7 +22,7 @@ from looplm.eval.loops import bits_per_byte, held_out_batches, held_out_loss
 from looplm.model.loop.exit import ACTConfig, GateConfig
 from looplm.model.loop.plan import CurriculumPlanConfig, LengthPlanConfig, PoissonPlanConfig
 from looplm.model.looped import LoopedLM, ModelConfig
-from looplm.train.fit import FitResult, Observer, TrainConfig, Validate, fit
+from looplm.train.fit import FitResult, Observer, TrainConfig, Validate, check_ranks, fit
 
 
 class RunConfig(Config):
@@ -105,7 +106,16 @@ def resolve_run(recipe: str, *, overrides: Iterable[str] = (), model: str | None
 
 
 def start_run(config: RunConfig, out: Path, *, observers: tuple[Observer, ...] = ()) -> FitResult:
-    """Train in a new folder `out`."""
+    """Train in a new folder `out`, with all ranks that torchrun started."""
+    with dist.process_group(device=config.train.runtime.device):
+        source = _source(config)  # before anything is written: what cannot be read leaves no folder that looks begun
+        if dist.is_main():
+            _make_folder(config, out)
+        dist.wait()
+        return _train(config, source, out, observers=observers)
+
+
+def _make_folder(config: RunConfig, out: Path) -> None:
     if (out / CONFIG).exists():
         raise ConfigError(f"{str(out)!r} already holds a run; continue it with --resume {out}, or give another --out")
     try:
@@ -114,9 +124,7 @@ def start_run(config: RunConfig, out: Path, *, observers: tuple[Observer, ...] =
         raise TrainingError(
             f"run folder {str(out)!r} cannot be written ({error.strerror}); give another --out"
         ) from None
-    source = _source(config)  # before anything is written: what cannot be read leaves no folder that looks begun
     write_text(out / CONFIG, to_yaml(config))
-    return _train(config, source, out, observers=observers)
 
 
 def resume_run(run: Path, *, overrides: Iterable[str] = (), observers: tuple[Observer, ...] = ()) -> FitResult:
@@ -130,12 +138,14 @@ def resume_run(run: Path, *, overrides: Iterable[str] = (), observers: tuple[Obs
                 f"{key!r} cannot change on resume: the run would be another one. What can: {', '.join(CHANGEABLE)}."
             )
     config = parse(RunConfig, apply_overrides(load_yaml(folder / CONFIG), overrides), source=str(folder / CONFIG))
-    if overrides:
-        write_text(folder / CONFIG, to_yaml(config))
-    return _train(config, _source(config), folder, observers=observers)
+    with dist.process_group(device=config.train.runtime.device):
+        if overrides and dist.is_main():
+            write_text(folder / CONFIG, to_yaml(config))
+        return _train(config, _source(config), folder, observers=observers)
 
 
 def _source(config: RunConfig) -> Source:
+    check_ranks(config.train)
     source = make_source(config.data, seed=config.train.seed)
     if isinstance(source, PreparedSource) and config.model.vocab_size < source.vocab_size:
         raise ConfigError(
@@ -148,7 +158,7 @@ def _source(config: RunConfig) -> Source:
 def _train(config: RunConfig, source: Source, folder: Path, *, observers: tuple[Observer, ...]) -> FitResult:
     torch.manual_seed(config.train.seed)
     model = LoopedLM(config.model)
-    if isinstance(source, PreparedSource):
+    if isinstance(source, PreparedSource) and dist.is_main():
         write_text(folder / TOKENIZER, source.tokenizer.to_str())
     return fit(model, source, config.train, folder=folder, observers=observers, validate=lambda: _validation(config))
 

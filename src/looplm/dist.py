@@ -1,0 +1,101 @@
+"""Many processes as one: who this one is, and what they have to agree on. Without torchrun there is one, and everything
+here does nothing.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from looplm.errors import ConfigError
+
+T = TypeVar("T")
+TIMEOUT = timedelta(hours=1)  # of a rank that waits while another compiles or validates
+
+
+@contextmanager
+def process_group(*, device: str = "auto") -> Iterator[None]:
+    """Join the processes that torchrun started, for as long as the context lasts; `device` as `train.runtime.device`.
+
+    Raises:
+        ConfigError: torchrun's variables are set in part.
+    """
+    n_ranks = os.environ.get("WORLD_SIZE", "1")
+    if n_ranks == "1" or dist.is_initialized():
+        yield
+        return
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ConfigError(
+                f"WORLD_SIZE is {n_ranks} and {name} is not set: start with torchrun, or unset WORLD_SIZE"
+            )
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process, 0 for the only one; as torchrun says before and after they are joined."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def n_ranks() -> int:
+    """Processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return rank() == 0
+
+
+def wait() -> None:
+    """Until all ranks are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def from_main(value: T) -> T:
+    """What rank 0 has."""
+    if not dist.is_initialized():
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box)
+    found: T = box[0]
+    return found
+
+
+def largest(values: list[float], *, device: torch.device) -> list[float]:
+    """The largest of each number over all ranks."""
+    return _reduced(values, device=device, how=dist.ReduceOp.MAX)
+
+
+def summed(values: list[float], *, device: torch.device) -> list[float]:
+    """The sum of each number over all ranks."""
+    return _reduced(values, device=device, how=dist.ReduceOp.SUM)
+
+
+def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Its sum over all ranks."""
+    if not dist.is_initialized():
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def _reduced(values: list[float], *, device: torch.device, how: Any) -> list[float]:
+    if not dist.is_initialized():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=how)
+    return tensor.tolist()

@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 DEMO_MINUTES ?= 23
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: help venv demo test lint format clean
+.PHONY: help venv demo test soak lint format clean
 
 help:
 	@echo "make demo    everything once: talk, train, measure, report (DEMO_MINUTES=$(DEMO_MINUTES))"
 	@echo "make test    the test suite"
+	@echo "make soak    a run killed 20 times at random, against an undisturbed one; and one on a full disk"
 	@echo "make venv    the virtual environment alone"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite what it can"
@@ -22,6 +23,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+soak: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

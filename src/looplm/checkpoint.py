@@ -2,6 +2,7 @@
 
     RUN/config.yaml                       the resolved config, itself a valid input
     RUN/checkpoints/step-00001200/        model.safetensors  training.safetensors  state.json  COMPLETE
+                                          average.safetensors, where weights are averaged: what is read for inference
 A bare `RUN/model.safetensors` beside config.yaml (as in the built-in reasoner) is a run without training state.
 Nothing is ever unpickled.
 """
@@ -27,8 +28,9 @@ from looplm.errors import CheckpointError, TrainingError
 from looplm.files import write_whole
 from looplm.model.looped import LoopedLM, ModelConfig
 
-MODEL, TRAINING, STATE, MARKER, CONFIG = (
+MODEL, AVERAGE, TRAINING, STATE, MARKER, CONFIG = (
     "model.safetensors",
+    "average.safetensors",
     "training.safetensors",
     "state.json",
     "COMPLETE",
@@ -60,7 +62,7 @@ def load_run(run: str | Path) -> LoadedRun:
     config = load_yaml(folder / CONFIG)
     model = LoopedLM.on("cpu", run_model_config(folder), draw=False)
     with _naming_the_one_before(folder, weights):
-        load_weights(model, weights / MODEL)
+        load_weights(model, weights / (AVERAGE if (weights / AVERAGE).is_file() else MODEL))
     return LoadedRun(model.eval(), config, weights)
 
 
@@ -146,7 +148,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def save_weights(model: LoopedLM, path: Path, *, dtype: torch.dtype | None = None) -> None:
     """Write the weights, tied ones once, optionally in a smaller type."""
     tensors = {name: t.detach() for name, t in model.state_dict().items() if name not in tied_names(model)}
-    save_file({name: t.to(dtype or t.dtype).contiguous() for name, t in tensors.items()}, path)
+    save_tensors({name: t.to(dtype or t.dtype) for name, t in tensors.items()}, path)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 def tied_names(model: LoopedLM) -> set[str]:
@@ -155,9 +162,17 @@ def tied_names(model: LoopedLM) -> set[str]:
 
 
 def save_checkpoint(
-    folder: Path, *, step: int, model: LoopedLM, optimizers: list[Optimizer], state: dict[str, Any], keep: int
+    folder: Path,
+    *,
+    step: int,
+    model: LoopedLM,
+    optimizers: list[Optimizer],
+    state: dict[str, Any],
+    keep: int,
+    average: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write one complete checkpoint and delete all but the newest `keep`. A failure leaves the earlier ones intact."""
+    """Write one complete checkpoint, with averaged weights if there are any, and delete all but the newest `keep`. A
+    failure leaves the earlier ones intact."""
     final = folder / "checkpoints" / f"step-{step:08d}"
     if (final / MARKER).exists():
         return final
@@ -167,6 +182,8 @@ def save_checkpoint(
         shutil.rmtree(final, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_weights(model, temporary / MODEL)
+        if average is not None:
+            save_tensors({name: t for name, t in average.items() if name not in tied_names(model)}, temporary / AVERAGE)
         training = optimizer_tensors(optimizers) | {"torch_rng": torch.get_rng_state()}
         save_file(training, temporary / TRAINING)
         (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -210,6 +227,19 @@ def load_checkpoint(folder: Path, *, model: LoopedLM, optimizers: list[Optimizer
             raise CheckpointError(f"{path / TRAINING} holds no generator state; it is not a training checkpoint")
         torch.set_rng_state(training.pop("torch_rng"))
         restore_optimizers(optimizers, training, source=path / TRAINING)
+
+
+def read_average(folder: Path, *, model: LoopedLM) -> dict[str, Tensor]:
+    """The averaged weights of the newest complete checkpoint, tied ones by both names."""
+    path = latest_checkpoint(folder)
+    with _naming_the_one_before(folder, path):
+        tensors = read_tensors(path / AVERAGE)
+        problems = mismatches(
+            {k: v.shape for k, v in model.state_dict().items() if k not in tied_names(model)}, tensors
+        )
+        if problems:
+            raise CheckpointError(f"{path / AVERAGE} does not fit the model of its config: {'; '.join(problems)}")
+    return tensors
 
 
 def optimizer_tensors(optimizers: list[Optimizer]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from looplm.checkpoint import checkpoints, latest_checkpoint, load, read_tensors
 from looplm.data.pack import IGNORE, Batch
 from looplm.data.sources import PermutationsConfig, PermutationsSource
 from looplm.errors import CheckpointError, ConfigError, DataError, TrainingError
+from looplm.model.count import count
 from looplm.model.loop.plan import (
     LoopPlan,
 )
@@ -176,6 +177,19 @@ def test_a_non_finite_loss_stops_before_the_optimizer_moves(tmp_path: Path) -> N
 def test_budgets_end_the_run(tmp_path: Path, budget: dict[str, int], steps: int) -> None:
     config = TrainConfig(**budget, plan={"kind": "fixed", "n_loops": 1}, n_workers=0, runtime=CPU)  # type: ignore[arg-type]
     assert fit(LoopedLM(tiny_config()), Copying(), config, folder=tmp_path).position.step == steps
+
+
+def test_a_budget_in_flops_is_what_count_says(tmp_path: Path, tiny_reason: list[str]) -> None:
+    changes = [*tiny_reason, "train.steps=null", "train.plan={kind: uniform, low: 1, high: 3}"]
+    config = resolve_run("reason", overrides=[*changes, "train.flops=2.0e9"])
+    result = start_run(config, tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len({record["n_loops"] for record in records}) > 1
+    model = config.model.model_copy(update={"seq_len": 336})
+    spent = [2 * 336 * count(model, n_loops=round(r["n_loops"])).training_flops_per_token for r in records]
+    assert result.position.flops == pytest.approx(sum(spent))
+    assert sum(spent[:-1]) < 2e9 <= sum(spent)
+    assert all(record["tflops"] > 0 and record["memory_gb"] > 0.05 for record in records)
 
 
 def test_a_budget_in_minutes_is_wall_time(tmp_path: Path) -> None:

@@ -32,6 +32,18 @@ def import_(
     typer.echo(f"{out}: {size:,} parameters of {system}, {model.config.n_loops} loops")
 
 
+def average(
+    run: Annotated[Path, typer.Argument(help="A run folder with several checkpoints (train.keep=5).")],
+    out: Annotated[Path, typer.Option(help="Run folder to make.")],
+    last: Annotated[int, typer.Option(help="How many of the newest checkpoints.")] = 2,
+) -> None:
+    """Average the weights of a run's last checkpoints: often better than the last of them, for nothing."""
+    from looplm.train.average import average_checkpoints
+
+    taken = average_checkpoints(run, out, n=last)
+    typer.echo(f"{out}: the mean of {', '.join(path.name for path in taken)}")
+
+
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder that `looplm import` made.")],
     to: Annotated[str, typer.Option(metavar="{nanochat,openmythos,osrt}", help="The system to write for.")],

@@ -27,6 +27,7 @@ app.command("count")(inspect.count)
 app.command("config")(inspect.config)
 app.command("import")(convert.import_)
 app.command("export")(convert.export)
+app.command("average")(convert.average)
 app.command("demo")(evaluate.demo)
 app.add_typer(data.app, name="data")
 

@@ -22,6 +22,7 @@ def train(
     minutes: Annotated[float | None, typer.Option(help="Budget of wall time.", show_default=False)] = None,
     steps: Annotated[int | None, typer.Option(help="Budget of optimizer updates.", show_default=False)] = None,
     tokens: Annotated[int | None, typer.Option(help="Budget of tokens.", show_default=False)] = None,
+    flops: Annotated[float | None, typer.Option(help="Budget of FLOPs, as 1e15.", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, data and plans.", show_default=False)] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Continue this run folder in place of starting one.", show_default=False)
@@ -39,7 +40,7 @@ def train(
     words = list(arguments or [])
     recipe = words.pop(0) if words and "=" not in words[0] else None
     overrides = [f"train.{key}={value}" for key, value in (("seed", seed),) if value is not None]
-    budgets = {"minutes": minutes, "steps": steps, "tokens": tokens}
+    budgets = {"minutes": minutes, "steps": steps, "tokens": tokens, "flops": flops}
     if any(value is not None for value in budgets.values()):
         # a budget given here replaces the preset's, whatever its unit
         overrides += [f"train.{name}={'null' if value is None else value}" for name, value in budgets.items()]

@@ -149,6 +149,7 @@ class Comparison:
             f"train.steps={'null' if steps is None else steps}",
             f"train.minutes={'null' if minutes is None else minutes}",
             "train.tokens=null",
+            "train.flops=null",
             f"train.optimizer.muon_lr={optimizer.muon_lr * rate}",
             f"train.optimizer.adamw_lr={optimizer.adamw_lr * rate}",
             f"train.runtime.n_threads={self.n_threads}",

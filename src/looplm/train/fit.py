@@ -7,6 +7,7 @@ in steps or tokens; a budget in minutes ties the learning rate to the clock).
 
 import logging
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,18 +24,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from looplm import dist
-from looplm.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
+from looplm.checkpoint import checkpoints, load_checkpoint, read_average, read_state, save_checkpoint
 from looplm.config import Config
 from looplm.data.loader import Loader
 from looplm.data.pack import Batch
 from looplm.data.sources import PermutationsSource, Source
 from looplm.errors import CheckpointError, ConfigError, TrainingError
 from looplm.eval.loops import next_token_score
+from looplm.model.count import count
 from looplm.model.loop.plan import CurriculumPlanConfig, LoopPlan, PlanConfig, PoissonPlanConfig
-from looplm.model.looped import LoopedLM
+from looplm.model.looped import LoopedLM, ModelConfig
 from looplm.optim.groups import OptimizerConfig, gradient_norm, make_optimizers, set_lr_scale
 from looplm.optim.schedule import ScheduleConfig
 from looplm.telemetry.sinks import Record, Sink, make_sinks
+from looplm.train.average import MovingAverage
 from looplm.train.losses import ExitGateConfig, LoopLossConfig, StateLossConfig, exit_gate_loss, next_token_loss
 from looplm.train.probes import probe_loops, worries
 from looplm.train.runtime import Runtime, RuntimeConfig, choose_runtime
@@ -59,6 +62,8 @@ class TrainConfig(Config):
     """Budget of optimizer updates."""
     tokens: PositiveInt | None = None
     """Budget of tokens processed."""
+    flops: PositiveFloat | None = None
+    """Budget of FLOPs as `looplm count` counts them, every loop with its gradient."""
     plan: PlanConfig
     """Loops per step."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -75,6 +80,8 @@ class TrainConfig(Config):
     """Train a learned exit gate (model.exit.kind=gate); null where there is none."""
     accumulate: PositiveInt = 1
     """Micro-batches per step, those of all ranks together: the same run whatever their number."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay per step of an average of the weights, which is then what a checkpoint is read as; null for none."""
     grad_clip: PositiveFloat | None = 1.0
     """Largest global gradient norm; null for no clipping."""
     n_workers: NonNegativeInt = 1
@@ -100,8 +107,8 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _has_budget(self) -> "TrainConfig":
-        if self.minutes is None and self.steps is None and self.tokens is None:
-            raise ValueError("no budget: set minutes, steps or tokens")
+        if all(budget is None for budget in (self.minutes, self.steps, self.tokens, self.flops)):
+            raise ValueError("no budget: set minutes, steps, tokens or flops")
         for name, is_set in (("loop_loss", self.loop_loss), ("state_loss", self.state_loss)):
             if is_set is not None and isinstance(self.plan, PoissonPlanConfig):
                 raise ValueError(
@@ -120,6 +127,7 @@ class TrainConfig(Config):
             position.seconds / 60 / self.minutes if self.minutes else 0.0,
             position.step / self.steps if self.steps else 0.0,
             position.tokens / self.tokens if self.tokens else 0.0,
+            position.flops / self.flops if self.flops else 0.0,
         ]
         return max(used)
 
@@ -130,6 +138,7 @@ class Position:
 
     step: int = 0
     tokens: int = 0
+    flops: float = 0.0
     seconds: float = 0.0
     seconds_waited: float = 0.0
     level: int = 0
@@ -219,6 +228,10 @@ class _Fit:
         self.optimizers: list[Optimizer] = make_optimizers(model, config.optimizer, muon_dtype=muon_dtype)
         if is_resumed:
             load_checkpoint(folder, model=model, optimizers=self.optimizers)
+        self.average = None if config.ema is None else MovingAverage(model, decay=config.ema)
+        if self.average is not None and is_resumed:
+            self.average.restore(read_average(folder, model=model))
+        self.flops = FlopsPerToken(model.config)
         self.loss: _Loss | DistributedDataParallel = _Loss(self)
         if dist.n_ranks() > 1:
             # plans differ between ranks, and with them what is used of the parts that belong to one loop
@@ -230,7 +243,8 @@ class _Fit:
         loader = Loader(self.source, start=first, n_workers=config.n_workers, step=dist.n_ranks())
         batches = iter(loader)
         sinks = make_sinks(self.folder, from_step=position.step) if dist.is_main() else []
-        last_saved, last_logged, tokens_logged = time.perf_counter(), time.perf_counter(), position.tokens
+        last_saved, last_logged = time.perf_counter(), time.perf_counter()
+        tokens_logged, flops_logged = position.tokens, position.flops
         record: Record = {"loss": float("nan")}
         is_stopped = False
         try:
@@ -249,7 +263,9 @@ class _Fit:
                         record["seconds"] = round(position.seconds, 3)
                         record["waiting_share"] = position.seconds_waited / position.seconds
                         record["progress"] = min(config.progress(position), 1.0)
-                        last_logged, tokens_logged = now, position.tokens
+                        record["tflops"] = (position.flops - flops_logged) / (now - last_logged) / 1e12
+                        record["memory_gb"] = memory_gb(self.device)
+                        last_logged, tokens_logged, flops_logged = now, position.tokens, position.flops
                         self._report(record, sinks)
                     if self._checkpoint_due(since_saved):
                         self._save()
@@ -296,6 +312,7 @@ class _Fit:
                 by_layer[layer_idx] = by_layer[layer_idx] + load if layer_idx in by_layer else load
             loads = [(layer_idx, dist.sum_tensor(load)) for layer_idx, load in sorted(by_layer.items())]
         position.tokens += int(n_tokens_seen)
+        position.flops += n_tokens_seen * self.flops(n_loops / config.accumulate, n_tokens=self.last_batch.ids.shape[1])
         norm = gradient_norm(self.model)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise TrainingError(self._non_finite(float(loss), float(norm)))
@@ -309,6 +326,8 @@ class _Fit:
             optimizer.zero_grad(set_to_none=True)
         self.model.balance(loads)
         position.step += 1
+        if self.average is not None:
+            self.average.update(position.step)
         self._go_on_if_learned()
         record: Record = {
             "step": position.step,
@@ -474,6 +493,7 @@ class _Fit:
                 "fingerprint": self.source.fingerprint,
             },
             keep=self.config.keep,
+            average=None if self.average is None else self.average.tensors,
         )
 
     def _non_finite(self, loss: float, norm: float) -> str:
@@ -483,6 +503,34 @@ class _Fit:
             f"step {self.position.step + 1}: loss is {loss}, gradient norm {norm}; stopped before the optimizer moved, "
             f"{back}. Lower train.optimizer.muon_lr and adamw_lr, or train.grad_clip."
         )
+
+
+class FlopsPerToken:
+    """Training FLOPs of a token by the number of loops, as `looplm count` counts them at the rows' length."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self._by_length: dict[int, tuple[int, int]] = {}
+
+    def __call__(self, n_loops: float, *, n_tokens: int) -> float:
+        if n_tokens not in self._by_length:
+            config = self.config.model_copy(update={"seq_len": n_tokens})
+            one, two = (count(config, n_loops=n).training_flops_per_token for n in (1, 2))
+            self._by_length[n_tokens] = one, two - one
+        first, each = self._by_length[n_tokens]
+        return first + (n_loops - 1) * each
+
+
+def memory_gb(device: torch.device) -> float:
+    """Most memory taken so far: of the GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":
+        return float("nan")
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 class _Loss(nn.Module):

@@ -85,6 +85,7 @@ CHANGEABLE = tuple(
         "minutes",
         "steps",
         "tokens",
+        "flops",
         "checkpoint_minutes",
         "checkpoint_steps",
         "keep",

@@ -189,6 +189,24 @@ def test_text_is_prepared_looked_at_trained_on_and_gone_on_with(tmp_path: Path) 
     assert "WRONG" in succeeds("data", "prepare", "--inspect", "--out", out)
 
 
+def test_a_run_is_watched_and_reported(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = ["train.minutes=null", "train.steps=4", "train.log_every=1", "data.batch_size=4"]
+    start_run(resolve_run("s3", overrides=[*overrides, "train.validate_every=2"]), run)
+    out = succeeds("watch", str(run), "--once")
+    assert "step 4" in out
+    assert "100%" in out
+    assert re.search(r"loss +[▁▂▃▄▅▆▇█]{4} ", out)
+    assert re.search(r"val_loss +\d\.\d{4} held out", out)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # being written
+    assert succeeds("watch", str(run), "--once") == out
+    assert "report.html" in succeeds("report", str(run))
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 1
+    assert "kind: permutations" in page
+
+
 def test_train_trains_says_where_and_resumes(tmp_path: Path, tiny_reason: list[str]) -> None:
     folder = tmp_path / "r"
     out = succeeds("train", "reason", "--steps", "3", "--seed", "5", "--out", str(folder), *tiny_reason)
@@ -235,6 +253,10 @@ def test_train_trains_says_where_and_resumes(tmp_path: Path, tiny_reason: list[s
         (["eval", "{s3}", "--suite", "loops", "--exit", "latent:0.1"], "--exit is for the other suites"),
         (["data", "prepare", "--out", "{tmp}/none"], "no source given"),
         (["data", "prepare", "builtin:python", "--out", "{tmp}/none"], "looplm tokenizer train"),
+        (["watch", "{tmp}/none", "--once"], "holds no metrics.jsonl"),
+        (["watch", "{s3}", "--every", "0"], "--every 0 has to be more than 0"),
+        (["report", "{tmp}"], "holds no config.yaml"),
+        (["average", "{s3}", "--out", "{tmp}/a"], "has 1 checkpoints, and an average takes 2 or more"),
         (["data", "prepare", "--inspect", "--out", "{s3}"], "is not prepared text"),
         (
             ["train", "pretrain", "data.folders={s3}", "--out", "{tmp}/x"],

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import typer
 
-from looplm.cli import compare, convert, data, evaluate, inspect, talk, tokenizer, train
+from looplm.cli import compare, convert, data, evaluate, inspect, talk, tokenizer, train, watch
 from looplm.errors import LooplmError
 
 app = typer.Typer(
@@ -18,6 +18,8 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.add_typer(tokenizer.app, name="tokenizer")
+app.command("watch")(watch.watch)
+app.command("report")(watch.report)
 app.command("eval")(evaluate.evaluate)
 app.command("calibrate")(evaluate.calibrate)
 app.command("compare")(compare.compare)

@@ -7,6 +7,8 @@ from typing import Any
 from looplm.eval.interval import Score, mean_and_half
 from looplm.eval.loops import Dial
 from looplm.eval.staircase import Row
+from looplm.telemetry.history import series
+from looplm.telemetry.sinks import Record
 
 # Colour-blind safe (Okabe & Ito), one per line in order.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -41,6 +43,39 @@ def staircase_plot(models: Mapping[str, Sequence[Row]]) -> bytes:
     )
     axes.set_title("S3 permutation tracking: more loops, longer sequences", fontsize=11, loc="left")
     axes.legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return _png(figure)
+
+
+HISTORY = {  # panels of a run's page: what they are called, and the numbers drawn in them
+    "loss, nats per token": ("loss",),
+    "held out": ("val_bpb", "val_loss"),
+    "gradient norm": ("grad_norm",),
+    "share of the peak rate": ("lr_scale",),
+    "loops per token": ("n_loops",),
+    "tokens per second": ("tokens_per_second",),
+}
+
+
+def history_plot(records: Sequence[Record]) -> bytes:
+    """A run's numbers over steps, a panel each, those that it has."""
+    import matplotlib.pyplot as plt
+
+    found = {
+        title: {name: series(list(records), name) for name in names if any(name in record for record in records)}
+        for title, names in HISTORY.items()
+    }
+    found = {title: lines for title, lines in found.items() if lines}
+    n_rows = -(-len(found) // 2)
+    figure, grid = plt.subplots(n_rows, 2, figsize=(9, 2.4 * n_rows), layout="constrained", squeeze=False)
+    for axes, (title, lines) in zip(grid.flat, found.items(), strict=False):
+        for colour, (name, (steps, values)) in zip(COLOURS, lines.items(), strict=False):
+            style = {"marker": "o", "markersize": 3} if len(values) < 50 else {}
+            axes.plot(steps, values, color=colour, linewidth=1, label=name, **style)
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    for axes in list(grid.flat)[len(found) :]:
+        axes.set_axis_off()
     return _png(figure)
 
 

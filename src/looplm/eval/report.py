@@ -15,6 +15,7 @@ th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2
 tbody td { border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; }
 img { max-width: 100%; } .dim { color: #777; } .interval { color: #777; font-size: .85em; }
 .steps { color: #777; font-family: ui-monospace, monospace; white-space: pre-wrap; margin: .2rem 0 .2rem 1rem; }
+pre { background: #f7f7f7; padding: .6rem; overflow-x: auto; white-space: pre-wrap; font-size: .85em; }
 .answer { font-weight: 600; margin-left: 1rem; } code { background: #f3f3f3; padding: 0 .25rem; }
 """
 
@@ -56,6 +57,9 @@ class Report:
             f"<p>{html.escape(question)}</p><div class=steps>{written}</div>"
             f"<div class=answer>{html.escape(answer)}</div>"
         )
+
+    def code(self, text: str) -> None:
+        self._parts.append(f"<pre>{html.escape(text)}</pre>")
 
     def html(self) -> str:
         """The whole page."""

@@ -9,6 +9,7 @@ from typing import IO, Protocol
 from looplm.errors import TrainingError
 
 Record = dict[str, float | int]
+METRICS, SAMPLES = "metrics.jsonl", "samples.txt"  # of a run folder
 
 
 class Sink(Protocol):
@@ -72,7 +73,7 @@ class TensorBoardSink:
 
 def make_sinks(folder: Path, *, from_step: int) -> list[Sink]:
     """All sinks of a run folder that stands at `from_step`."""
-    sinks: list[Sink] = [JsonlSink(folder / "metrics.jsonl", from_step=from_step)]
+    sinks: list[Sink] = [JsonlSink(folder / METRICS, from_step=from_step)]
     if importlib.util.find_spec("tensorboard") is not None:
         sinks.append(TensorBoardSink(folder / "tensorboard"))
     return sinks

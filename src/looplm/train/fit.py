@@ -157,7 +157,7 @@ class FitResult:
 
 
 Observer = Callable[[Record], None]
-Validate = Callable[[LoopedLM], Record]
+Validate = Callable[[LoopedLM, int], Record]
 
 
 def fit(
@@ -416,7 +416,7 @@ class _Fit:
         ):
             return {}
         with self.runtime.autocast():
-            return self.validate(self.model)
+            return self.validate(self.model, step)
 
     def _report(self, record: Record, sinks: list[Sink]) -> None:
         """Write a record everywhere. If it cannot be written, what was learned so far still is."""

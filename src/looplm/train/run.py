@@ -1,6 +1,7 @@
 """From a run config to a trained run folder: the function behind `looplm train`."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,15 @@ from looplm.data.tasks import permutations
 from looplm.data.tokenizer import VOCAB_SIZE
 from looplm.errors import ConfigError, TrainingError
 from looplm.eval.loops import bits_per_byte, held_out_batches, held_out_loss
+from looplm.infer.completer import Codec, Completer, Subwords, Utf8
+from looplm.infer.sampling import SamplingConfig
 from looplm.model.loop.exit import ACTConfig, GateConfig
 from looplm.model.loop.plan import CurriculumPlanConfig, LengthPlanConfig, PoissonPlanConfig
 from looplm.model.looped import LoopedLM, ModelConfig
+from looplm.telemetry.sinks import SAMPLES, Record
 from looplm.train.fit import FitResult, Observer, TrainConfig, Validate, check_ranks, fit
+
+SAMPLE_PROMPT, SAMPLE_TOKENS = "\n", 60
 
 
 class RunConfig(Config):
@@ -161,18 +167,33 @@ def _train(config: RunConfig, source: Source, folder: Path, *, observers: tuple[
     model = LoopedLM(config.model)
     if isinstance(source, PreparedSource) and dist.is_main():
         write_text(folder / TOKENIZER, source.tokenizer.to_str())
-    return fit(model, source, config.train, folder=folder, observers=observers, validate=lambda: _validation(config))
+    validate = partial(_validation, config, folder)
+    return fit(model, source, config.train, folder=folder, observers=observers, validate=validate)
 
 
-def _validation(config: RunConfig) -> Validate:
-    """What is said of a model on held-out data: bits per byte of text, else the loss in nats."""
+def _validation(config: RunConfig, folder: Path) -> Validate:
+    """What is said of a model on held-out data: bits per byte of text, else the loss in nats. A text's beginning, drawn
+    from the model, is added to the folder's samples."""
     data, n_loops = config.data, config.model.n_loops
     batches = held_out_batches(data)
     if isinstance(data, BytesConfig | PreparedConfig):
         token_bytes = held_out_text(data).token_bytes
-        return lambda model: {"val_bpb": bits_per_byte(model, batches, token_bytes, n_loops=n_loops)}
+
+        def of_text(model: LoopedLM, step: int) -> Record:
+            _add_sample(model, folder, codec=Utf8() if isinstance(data, BytesConfig) else Subwords(folder), step=step)
+            return {"val_bpb": bits_per_byte(model, batches, token_bytes, n_loops=n_loops)}
+
+        return of_text
     depth = data.max_len if isinstance(data, PermutationsConfig) else n_loops
-    return lambda model: {"val_loss": held_out_loss(model, batches, n_loops=depth)}
+    return lambda model, step: {"val_loss": held_out_loss(model, batches, n_loops=depth)}
+
+
+def _add_sample(model: LoopedLM, folder: Path, *, codec: Codec, step: int) -> None:
+    drawn = SamplingConfig(temperature=0.8, top_k=40, seed=step)
+    completer = Completer(model, codec)
+    (sample,) = completer.complete([SAMPLE_PROMPT], max_new_tokens=SAMPLE_TOKENS, sampling=drawn)
+    with (folder / SAMPLES).open("a", encoding="utf-8") as file:
+        file.write(f"step {step}: {sample.text!r}\n")
 
 
 def _with_model(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,6 +63,9 @@ def test_folders_and_globs_are_read_in_order(tmp_path: Path) -> None:
     names = ["2.txt", "b/1.jsonl", "b/3.parquet", "b/x.txt.zst"]
     assert parts_of(str(tmp_path)) == [str(tmp_path / name) for name in names]
     assert parts_of(str(tmp_path / "b" / "*.jsonl")) == [str(tmp_path / "b" / "1.jsonl")]
+    found = parts_of(str(tmp_path / "**" / "*.jsonl"))
+    assert found == [str(tmp_path / "b" / "1.jsonl")]
+    assert str(tmp_path / "2.txt") in parts_of(str(tmp_path / "**" / "*.txt"))
     for source, message in (
         (tmp_path / "none", "no such file, folder or glob"),
         (tmp_path / "image.png", "is of no known kind"),

@@ -132,8 +132,11 @@ def test_what_is_held_out_is_decided_by_the_text_and_never_learned_from(make: Ca
     assert 20 <= len(found[HELD_OUT]) <= 60
     scored = source(str(folder), held_out=True, n_rows=4, row_len=16)
     held = TokenStream(folder, split=HELD_OUT)
-    targets = torch.cat([scored.batch(index).targets.flatten() for index in range(scored.n_held_out)])
-    assert targets.tolist() == held.read(1, len(targets)).tolist()
+    rows = [row for index in range(scored.n_held_out) for row in scored.batch(index).targets.tolist()]
+    whole = held.read(1, held.n_tokens - 1).tolist()
+    assert sorted(rows) == sorted(whole[start : start + 16] for start in range(0, len(whole) - 15, 16))
+    assert rows != [whole[start : start + 16] for start in range(0, len(whole) - 15, 16)]  # any few are of all parts
+    targets = [token for row in rows for token in row]
     assert held.n_tokens - len(targets) <= 16
 
 
@@ -180,7 +183,7 @@ def test_no_text_and_too_little_of_it_are_clear_errors(make: Callable[..., Path]
     folder = make(["a short text"])
     with pytest.raises(DataError, match=r"has 13 tokens to learn from, and a row has 512 and one more"):
         source(str(folder))
-    with pytest.raises(DataError, match=r"has 0 tokens held out"):
+    with pytest.raises(DataError, match=r"holds nothing out to be scored: prepare it with a larger --held-out"):
         source(str(folder), row_len=4, held_out=True)
     with pytest.raises(DataError, match=r"is not prepared text; make it: looplm data prepare"):
         source(str(tmp_path / "none"))
@@ -191,6 +194,36 @@ def test_no_text_and_too_little_of_it_are_clear_errors(make: Callable[..., Path]
     (folder / MANIFEST).write_text("{")
     with pytest.raises(DataError, match="is no manifest"):
         read_manifest(folder)
+
+
+def test_held_out_rows_of_a_mixture_are_of_all_its_folders(make: Callable[..., Path]) -> None:
+    a, b = (make([letter * 50 + str(n) for n in range(300)], name=letter, held_out=0.5) for letter in "ab")
+    held = source({str(a): 1, str(b): 9}, held_out=True, n_rows=4, row_len=16)
+    codes = {letter: byte_tokenizer().encode(letter).ids[0] for letter in "ab"}
+    first = held.batch(0).ids, held.batch(1).ids
+    assert {letter for letter, code in codes.items() if bool((torch.stack(first) == code).any())} == {"a", "b"}
+    other = make([words(60, seed=number) for number in range(50)], name="c", held_out=0.25)
+    with pytest.raises(ConfigError, match="different --held-out shares"):
+        source({str(a): 1, str(other): 1}, held_out=True, n_rows=1, row_len=16)
+
+
+def test_a_tokenizer_that_truncates_and_pads_does_neither_here(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.enable_truncation(max_length=5)
+    tokenizer.enable_padding(length=64)
+    (tmp_path / "a.txt").write_text("a text of thirty-odd letters")
+    made = prepare(PrepareConfig(sources=[str(tmp_path / "a.txt")], held_out=0), tokenizer, tmp_path / "out")
+    assert made.n_tokens(TRAIN) == len("a text of thirty-odd letters") + 1
+
+
+def test_ends_that_are_not_of_their_shard_are_one_clear_error(make: Callable[..., Path]) -> None:
+    folder = make(["a text", "another"])
+    path = folder / "train-00000.ends.npy"
+    whole = path.read_bytes()
+    for data, message in ((whole[:20], "cannot be read"), (whole[:-1] + b"\x01", "is not of its shard")):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=message):
+            _ = TokenStream(folder, split=TRAIN).ends
 
 
 def test_fim_keeps_every_byte_and_leaves_what_is_held_out_as_it_is(make: Callable[..., Path]) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from looplm.checkpoint import load_run
 from looplm.data.bpe import load_tokenizer, train_bpe
 from looplm.data.prepare import TOKENIZER, PrepareConfig, prepare
 from looplm.data.sources import held_out_text
-from looplm.errors import CheckpointError, ConfigError
+from looplm.errors import CheckpointError, ConfigError, DataError
 from looplm.eval.loops import bits_per_byte, held_out_batches, held_out_loss, measure_dial
 from looplm.eval.text import as_completer
 from looplm.telemetry.sinks import Record
@@ -83,6 +84,28 @@ def test_a_resumed_run_is_the_uninterrupted_one(run: Path, folder: Path, tmp_pat
 def test_a_vocabulary_that_is_too_small_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"285 kinds of tokens and the model 200: give model\.vocab_size=285"):
         start_run(config(folder, "model.vocab_size=200"), tmp_path / "run")
+
+
+def test_a_refused_resume_leaves_the_tokenizer_as_it_was(folder: Path, tmp_path: Path) -> None:
+    run, moved = tmp_path / "run", tmp_path / "prepared"
+    shutil.copytree(folder, moved)
+    start_run(config(moved, "train.steps=3"), run)
+    kept = (run / TOKENIZER).read_text()
+    shutil.rmtree(moved)
+    source = PrepareConfig(sources=[str(folder.parent / "text.jsonl")], held_out=0.2)
+    prepare(source, train_bpe(["another text, " * 50], vocab_size=275), moved)
+    with pytest.raises(CheckpointError, match="has changed since it began"):
+        resume_run(run, overrides=["train.steps=6"])
+    assert (run / TOKENIZER).read_text() == kept
+
+
+def test_text_that_holds_nothing_out_is_refused_before_a_folder_is_made(folder: Path, tmp_path: Path) -> None:
+    prepare(
+        PrepareConfig(sources=[str(folder.parent / "text.jsonl")], held_out=0), load_tokenizer(folder), tmp_path / "p"
+    )
+    with pytest.raises(DataError, match="holds nothing out to be scored"):
+        start_run(config(tmp_path / "p"), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_texts_go_on_as_the_full_forward_says(run: Path) -> None:

@@ -46,7 +46,8 @@ def parts_of(source: str) -> list[str]:
         if not found:
             raise DataError(f"folder {source!r} holds no text; files end in {', '.join(KINDS)}, or these and .zst")
         return found
-    found = [source] if path.is_file() else sorted(each for each in glob.glob(source) if Path(each).is_file())
+    matches = [source] if path.is_file() else sorted(glob.glob(source, recursive=True))
+    found = [each for each in matches if Path(each).is_file()]
     if not found:
         known = f"; or name a dataset as {HUB}NAME, or {BUILTIN_PYTHON}"
         raise DataError(f"source {source!r}: no such file, folder or glob{known}")

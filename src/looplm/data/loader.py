@@ -50,5 +50,6 @@ class Loader:
 
 
 def _ignore_interrupt(worker_id: int) -> None:
-    """Ctrl-C reaches the whole process group; the trainer decides when its workers end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C, torchrun and Slurm signal the whole process group; the trainer decides when its workers end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

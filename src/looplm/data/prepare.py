@@ -12,6 +12,7 @@ within a shard; training draws rows from all over.
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -102,6 +103,8 @@ def prepare(
     """
     manifest = _begin(config, tokenizer, folder)
     tokenizer.encode_special_tokens = True  # a tag that stands in a text is text
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     kept, skipped = _Kept(), Skipped(manifest.skipped)  # of whole parts: one that is gone on with is counted anew
     for part_idx in range(manifest.part, len(manifest.parts)):
         n_done, skipped_here = manifest.n_done if part_idx == manifest.part else 0, Skipped()
@@ -119,6 +122,7 @@ def prepare(
     if not manifest.n_tokens(TRAIN):
         raise DataError(f"no text to learn from in {', '.join(config.sources)}{f' ({skipped})' if skipped else ''}")
     manifest.complete, manifest.skipped = True, dict(skipped)
+    manifest.part, manifest.n_done = len(manifest.parts), 0
     _write_manifest(manifest, folder)
     return manifest
 
@@ -154,7 +158,7 @@ def _begin(config: PrepareConfig, tokenizer: Tokenizer, folder: Path) -> Manifes
         tokenizer=hashlib.sha256(text.encode()).hexdigest(),
         vocab_size=tokenizer.get_vocab_size(),
         end_id=end_of_text(tokenizer),
-        dtype="uint16" if tokenizer.get_vocab_size() <= 1 << 16 else "uint32",
+        dtype="uint16" if max(tokenizer.get_vocab().values()) < 1 << 16 else "uint32",
         parts=[part for source in config.sources for part in parts_of(source)],
     )
     if config.fim:
@@ -250,8 +254,9 @@ def _close(manifest: Manifest, kept: _Kept, folder: Path, *, seed: int, at: tupl
         path = folder / f"{split}-{number:05}.bin"
         write_whole(path, np.concatenate(shuffled).astype(np.dtype(manifest.dtype).newbyteorder("<")).tobytes())
         ends = np.cumsum([len(each) for each in shuffled], dtype=np.int64)
-        with path.with_suffix(".ends.npy").open("wb") as file:
-            np.save(file, ends)
+        packed = io.BytesIO()
+        np.save(packed, ends)
+        write_whole(path.with_suffix(".ends.npy"), packed.getvalue())
         shard = Shard(path.name, split, int(ends[-1]), len(ends), kept.n_bytes[split], checksum(path))
         manifest.shards.append(shard)
     (manifest.part, manifest.n_done), manifest.skipped = at, dict(skipped)

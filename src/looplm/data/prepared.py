@@ -2,8 +2,9 @@
 
 A folder's shards are one stream of tokens, cut into windows of one length without a gap, so that whatever the length
 of its documents no more than one window's tail is left out. Every window is seen once before any is seen again, in an
-order that its epoch's number decides. Folders are mixed by weight, exactly: any thousand rows hold each folder's share,
-give or take a row. All of it is a function of the batch's number: nothing to store for a resume.
+order that its epoch's number decides; every phase begins its folders anew, in another order. Folders are mixed by
+weight, exactly: every 1,024 rows hold each folder's share, give or take a row. All of it is a function of the batch's
+number: nothing to store for a resume.
 """
 
 import hashlib
@@ -117,8 +118,18 @@ class TokenStream:
     def ends(self) -> NDArray[np.int64]:
         """Where each document ends, its end-of-text token included."""
         parts = zip(self.shards, self.starts, strict=False)
-        loaded = [np.load(self.folder / shard.name.replace(".bin", ".ends.npy")) + start for shard, start in parts]
+        loaded = [self._ends_of(shard) + start for shard, start in parts]
         return np.concatenate(loaded) if loaded else np.zeros(0, dtype=np.int64)
+
+    def _ends_of(self, shard: Shard) -> NDArray[np.int64]:
+        path = self.folder / shard.name.replace(".bin", ".ends.npy")
+        try:
+            ends: NDArray[np.int64] = np.load(path)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{str(path)!r} cannot be read ({error}); remove the folder and prepare it again") from None
+        if len(ends) != shard.n_documents or ends[-1] != shard.n_tokens:
+            raise DataError(f"{str(path)!r} is not of its shard; remove the folder and prepare it again")
+        return ends
 
     def read(self, start: int, length: int) -> NDArray[np.int64]:
         """Tokens `start` up to `start + length` of the stream."""
@@ -234,7 +245,9 @@ class PreparedSource:
         phase = self.phases[-1]
         assert phase.row_len is not None
         lengths = {name: self.streams[name].n_tokens for name in sorted(phase.folders or {})}
-        return [(name, number) for name, length in lengths.items() for number in range((length - 1) // phase.row_len)]
+        rows = [(name, number) for name, length in lengths.items() for number in range((length - 1) // phase.row_len)]
+        # so that however few are scored, all folders are among them
+        return [rows[index] for index in np.random.default_rng(ORDER_STREAM).permutation(len(rows))]
 
     def _check(self) -> None:
         """Refuse folders that do not go together or are too short."""
@@ -245,9 +258,19 @@ class PreparedSource:
                     f"{str(other.folder)!r} and {str(first.folder)!r} were prepared with different tokenizers; prepare "
                     "both with one"
                 )
+            if self.held_out and other.manifest.config["held_out"] != first.manifest.config["held_out"]:
+                raise ConfigError(
+                    f"{str(other.folder)!r} and {str(first.folder)!r} were prepared with different --held-out shares: "
+                    "what one holds out the other may learn from; prepare both with one"
+                )
         for phase in self.phases:
             for name in phase.folders or {}:
                 n_tokens, row_len = self.streams[name].n_tokens, phase.row_len or 0
+                if self.held_out and not n_tokens:
+                    raise DataError(
+                        f"prepared text {name!r} holds nothing out to be scored: prepare it with a larger --held-out, "
+                        "or train without, train.validate_every=null"
+                    )
                 if n_tokens <= row_len:
                     what = "held out" if self.held_out else "to learn from"
                     raise DataError(

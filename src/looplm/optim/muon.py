@@ -92,7 +92,10 @@ class Muon(Optimizer):
             parameter.sub_(rate * (update + group["weight_decay"] * parameter * shrinks))
 
     def _second(self, parameter: Tensor, like: Tensor) -> Tensor:
-        buffer: Tensor = self.state[parameter].setdefault("second_momentum_buffer", torch.zeros_like(like))
+        state = self.state[parameter]
+        if "second_momentum_buffer" not in state:
+            state["second_momentum_buffer"] = torch.zeros_like(like)
+        buffer: Tensor = state["second_momentum_buffer"]
         return buffer
 
     def _momentum(self, parameter: Tensor) -> Tensor:

@@ -285,7 +285,7 @@ class _Fit:
         config, position = self.config, self.position
         scale = config.schedule.scale(config.progress(position))
         loss = torch.zeros((), device=self.device)
-        n_loops, n_tokens_seen = 0.0, 0.0
+        n_loops, n_tokens_seen, flops = 0.0, 0.0, 0.0
         loads: list[tuple[int, torch.Tensor]] = []
         numbers = range(dist.rank(), config.accumulate, dist.n_ranks())
         for number, batch in zip(numbers, islice(batches, len(numbers)), strict=True):
@@ -304,15 +304,16 @@ class _Fit:
             loss += part.detach() / config.accumulate
             n_tokens_seen += batch.n_tokens
             n_loops += plan.mean_loops
+            flops += batch.n_tokens * self.flops(plan.mean_loops, n_tokens=n_tokens)
         if dist.n_ranks() > 1:
             loss = dist.sum_tensor(loss)
-            n_loops, n_tokens_seen = dist.summed([n_loops, n_tokens_seen], device=self.device)
+            n_loops, n_tokens_seen, flops = dist.summed([n_loops, n_tokens_seen, flops], device=self.device)
             by_layer: dict[int, torch.Tensor] = {}  # ranks have run other numbers of loops, but the same layers
             for layer_idx, load in loads:
                 by_layer[layer_idx] = by_layer[layer_idx] + load if layer_idx in by_layer else load
             loads = [(layer_idx, dist.sum_tensor(load)) for layer_idx, load in sorted(by_layer.items())]
         position.tokens += int(n_tokens_seen)
-        position.flops += n_tokens_seen * self.flops(n_loops / config.accumulate, n_tokens=self.last_batch.ids.shape[1])
+        position.flops += flops
         norm = gradient_norm(self.model)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise TrainingError(self._non_finite(float(loss), float(norm)))
@@ -424,7 +425,7 @@ class _Fit:
             for sink in sinks:
                 sink.write(record)
         except TrainingError:
-            self._save()
+            self._write()  # of this rank alone: the others are on their way to the next step
             raise
         for observer in self.observers if dist.is_main() else ():
             observer(record)

@@ -118,6 +118,8 @@ def start_run(config: RunConfig, out: Path, *, observers: tuple[Observer, ...] =
         source = _source(config)  # before anything is written: what cannot be read leaves no folder that looks begun
         if dist.is_main():
             _make_folder(config, out)
+            if isinstance(source, PreparedSource):
+                write_text(out / TOKENIZER, source.tokenizer.to_str())
         dist.wait()
         return _train(config, source, out, observers=observers)
 
@@ -154,6 +156,8 @@ def resume_run(run: Path, *, overrides: Iterable[str] = (), observers: tuple[Obs
 def _source(config: RunConfig) -> Source:
     check_ranks(config.train)
     source = make_source(config.data, seed=config.train.seed)
+    if config.train.validate_every is not None and isinstance(config.data, BytesConfig | PreparedConfig):
+        held_out_text(config.data)  # what there is none of is said now, not after some steps
     if isinstance(source, PreparedSource) and config.model.vocab_size < source.vocab_size:
         raise ConfigError(
             f"the text has {source.vocab_size} kinds of tokens and the model {config.model.vocab_size}: give "
@@ -165,8 +169,6 @@ def _source(config: RunConfig) -> Source:
 def _train(config: RunConfig, source: Source, folder: Path, *, observers: tuple[Observer, ...]) -> FitResult:
     torch.manual_seed(config.train.seed)
     model = LoopedLM(config.model)
-    if isinstance(source, PreparedSource) and dist.is_main():
-        write_text(folder / TOKENIZER, source.tokenizer.to_str())
     validate = partial(_validation, config, folder)
     return fit(model, source, config.train, folder=folder, observers=observers, validate=validate)
 

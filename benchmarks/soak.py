@@ -2,7 +2,7 @@
 
 python benchmarks/soak.py [--kills 20] [--steps 1200] [--out FOLDER]
 
-Two processes train together. The run is killed (SIGKILL, the whole process group) at random moments and started again
+Two processes train together. The run is killed (SIGKILL, all of its processes) at random moments and started again
 until it ends; its weights and losses have to be those of an undisturbed run, bit for bit. Then a run on a file system
 with room for one checkpoint has to stop with one clear error and leave its last checkpoint whole. Ends with status 1
 where anything of that does not hold. Takes some ten minutes on two cores.
@@ -68,8 +68,9 @@ def killed(run: Path, recipe: Path, *, n_kills: int, rng: random.Random) -> None
         process = train(words_for(run, recipe))
         time.sleep(rng.uniform(1, LONGEST_LIFE))
         ended = process.poll() is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        for pid in [process.pid, *descendants(process.pid)]:  # torchrun's ranks are in sessions of their own
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         said = process.communicate()[0]
         if ended and process.returncode and "is used up" not in said:
             sys.exit(f"after kill {number - 1} the run did not go on:\n{said}")
@@ -80,6 +81,18 @@ def killed(run: Path, recipe: Path, *, n_kills: int, rng: random.Random) -> None
         if "is used up" in said:
             sys.exit(f"the run ended before kill {number}: give more --steps")
     finish(run, recipe)
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below one, by /proc."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for each in found:
+        found += [child for child, parent in parents.items() if parent == each]
+    return found[1:]
 
 
 def same(one: Path, other: Path) -> bool:

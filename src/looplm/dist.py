@@ -2,6 +2,7 @@
 here does nothing.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ def process_group(*, device: str = "auto") -> Iterator[None]:
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     try:
         yield
+        dist.barrier()  # a rank that is gone first takes the connections of the others with it
+        gc.collect()  # what still holds the group (DDP, in a cycle) has to go before it does
     finally:
         dist.destroy_process_group()
 

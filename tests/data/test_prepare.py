@@ -180,6 +180,8 @@ def test_another_request_for_a_prepared_folder_is_refused(make: Callable[..., Pa
 def test_no_text_and_too_little_of_it_are_clear_errors(make: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no text to learn from in .*1 empty"):
         make([" "], name="nothing")
+    with pytest.raises(DataError, match="are held out: there are few; give --held-out 0"):
+        make(["a short text"], name="held", held_out=0.999)
     folder = make(["a short text"])
     with pytest.raises(DataError, match=r"has 13 tokens to learn from, and a row has 512 and one more"):
         source(str(folder))

@@ -77,7 +77,7 @@ def test_ranks_that_cannot_share_a_step_are_told_so(tmp_path: Path, tiny_reason:
 def test_a_budget_in_flops_ends_ranks_with_rows_of_unlike_lengths_together(tmp_path: Path) -> None:
     changes = [
         "train.minutes=null",
-        "train.flops=3.0e8",
+        "train.flops=8.0e8",
         "train.accumulate=2",
         "train.n_workers=0",
         "train.log_every=1",

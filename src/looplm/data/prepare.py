@@ -119,6 +119,8 @@ def prepare(
         skipped += skipped_here
     if kept.n_tokens:
         _close(manifest, kept, folder, seed=config.seed, at=(len(manifest.parts), 0), skipped=skipped)
+    if not manifest.n_tokens(TRAIN) and manifest.n_tokens(HELD_OUT):
+        raise DataError(f"all documents of {', '.join(config.sources)} are held out: there are few; give --held-out 0")
     if not manifest.n_tokens(TRAIN):
         raise DataError(f"no text to learn from in {', '.join(config.sources)}{f' ({skipped})' if skipped else ''}")
     manifest.complete, manifest.skipped = True, dict(skipped)

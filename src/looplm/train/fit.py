@@ -235,7 +235,7 @@ class _Fit:
         self.loss: _Loss | DistributedDataParallel = _Loss(self)
         if dist.n_ranks() > 1:
             # plans differ between ranks, and with them what is used of the parts that belong to one loop
-            self.loss = DistributedDataParallel(self.loss, broadcast_buffers=False, find_unused_parameters=True)
+            self.loss = DistributedDataParallel(self.loss, forward_sync_buffers=False, find_unused_parameters=True)
 
     def run(self) -> FitResult:
         config, position = self.config, self.position

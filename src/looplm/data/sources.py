@@ -81,7 +81,10 @@ TextSource = BytesSource | PreparedSource
 
 
 class _HasData(Config):
+    """A run's config, of which only the data is read."""
+
     data: DataConfig
+    """What it learns from."""
 
 
 def parse_data(data: Mapping[str, Any], *, source: str) -> DataConfig:

@@ -1,6 +1,6 @@
 """A run that is killed again and again, and one whose disk fills up.
 
-python benchmarks/soak.py [--kills 20] [--steps 1200] [--out FOLDER]
+python benchmarks/soak.py [--kills 20] [--steps 4000] [--out FOLDER]
 
 Two processes train together. The run is killed (SIGKILL, all of its processes) at random moments and started again
 until it ends; its weights and losses have to be those of an undisturbed run, bit for bit. Then a run on a file system
@@ -140,7 +140,7 @@ def main() -> None:
     """See the module's first lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=1200, help="of the run, a few more than its lives get through")
+    parser.add_argument("--steps", type=int, default=4000, help="of the run, a few more than its lives get through")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--out", type=Path, help="a new folder for the runs; else a temporary one")
     given = parser.parse_args()

@@ -112,13 +112,22 @@ def latest_checkpoint(folder: Path) -> Path:
 
 def load_weights(model: LoopedLM, path: Path) -> None:
     """Read weights into `model`, in the model's own type; missing, extra and misshapen keys are listed in one error."""
+    tensors = _read_weights(model, path)
+    for name, tensor in own_tensors(model).items():
+        tensor.copy_(tensors[name])
+
+
+def _read_weights(model: LoopedLM, path: Path) -> dict[str, Tensor]:
     tensors = read_tensors(path)
-    own = {name: tensor for name, tensor in model.state_dict().items() if name not in tied_names(model)}
-    problems = mismatches({name: tensor.shape for name, tensor in own.items()}, tensors)
+    problems = mismatches({name: tensor.shape for name, tensor in own_tensors(model).items()}, tensors)
     if problems:
         raise CheckpointError(f"{path} does not fit the model of its config: {'; '.join(problems)}")
-    for name, tensor in own.items():
-        tensor.copy_(tensors[name])
+    return tensors
+
+
+def own_tensors(model: LoopedLM) -> dict[str, Tensor]:
+    """The model's tensors by name, tied ones once."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied_names(model)}
 
 
 def mismatches(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor]) -> list[str]:
@@ -147,8 +156,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def save_weights(model: LoopedLM, path: Path, *, dtype: torch.dtype | None = None) -> None:
     """Write the weights, tied ones once, optionally in a smaller type."""
-    tensors = {name: t.detach() for name, t in model.state_dict().items() if name not in tied_names(model)}
-    save_tensors({name: t.to(dtype or t.dtype) for name, t in tensors.items()}, path)
+    save_tensors({name: t.detach().to(dtype or t.dtype) for name, t in own_tensors(model).items()}, path)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -183,7 +191,7 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         save_weights(model, temporary / MODEL)
         if average is not None:
-            save_tensors({name: t for name, t in average.items() if name not in tied_names(model)}, temporary / AVERAGE)
+            save_tensors(average, temporary / AVERAGE)
         training = optimizer_tensors(optimizers) | {"torch_rng": torch.get_rng_state()}
         save_file(training, temporary / TRAINING)
         (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -230,16 +238,10 @@ def load_checkpoint(folder: Path, *, model: LoopedLM, optimizers: list[Optimizer
 
 
 def read_average(folder: Path, *, model: LoopedLM) -> dict[str, Tensor]:
-    """The averaged weights of the newest complete checkpoint, tied ones by both names."""
+    """The averaged weights of the newest complete checkpoint, by the names of `own_tensors`."""
     path = latest_checkpoint(folder)
     with _naming_the_one_before(folder, path):
-        tensors = read_tensors(path / AVERAGE)
-        problems = mismatches(
-            {k: v.shape for k, v in model.state_dict().items() if k not in tied_names(model)}, tensors
-        )
-        if problems:
-            raise CheckpointError(f"{path / AVERAGE} does not fit the model of its config: {'; '.join(problems)}")
-    return tensors
+        return _read_weights(model, path / AVERAGE)
 
 
 def optimizer_tensors(optimizers: list[Optimizer]) -> dict[str, Tensor]:

@@ -1,8 +1,24 @@
 """What several commands read from the command line."""
 
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from looplm.errors import ConfigError
+
+Sources = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="SOURCES...",
+        help="Files, folders or globs (.txt .md .py .jsonl, also with .zst, .parquet), hub:NAME[,CONFIG,SPLIT], or "
+        "builtin:python.",
+        show_default=False,
+    ),
+]
+Field = Annotated[
+    str | None,
+    typer.Option(help="Field of records that holds the text.", show_default="the first of text, content, ..."),
+]
 
 
 def numbers(text: str, *, option: str) -> list[int]:

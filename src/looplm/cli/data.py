@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from looplm.cli.arguments import Field, Sources
+
 app = typer.Typer(no_args_is_help=True, help="Make text ready for training.")
 
 
@@ -15,23 +17,13 @@ def _data() -> None:
 
 @app.command()
 def prepare(
-    sources: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="SOURCE...",
-            help="Files, folders or globs (txt, md, py, jsonl, parquet, also .zst), hub:NAME,CONFIG,SPLIT, or "
-            "builtin:python.",
-            show_default=False,
-        ),
-    ] = None,
+    sources: Sources = None,
     out: Annotated[Path, typer.Option(help="Folder for the shards.")] = Path("prepared"),
     tokenizer: Annotated[
         Path | None,
         typer.Option(help="A folder of `looplm tokenizer train`, or a tokenizer.json.", show_default=False),
     ] = None,
-    field: Annotated[
-        str | None, typer.Option(help="Field of a record with its text.", show_default="text, content, messages, ...")
-    ] = None,
+    field: Field = None,
     held_out: Annotated[float, typer.Option(help="Share of the documents never learned from.")] = 0.01,
     fim: Annotated[float, typer.Option(help="Share of the documents turned into prefix, suffix, middle.")] = 0.0,
     shard_tokens: Annotated[int, typer.Option(help="Tokens of a shard.")] = 1 << 24,
@@ -103,7 +95,7 @@ def _inspect(folder: Path) -> None:
     from rich.table import Table
 
     from looplm.data.bpe import load_tokenizer
-    from looplm.data.prepare import TOKENIZER, TRAIN, checksum
+    from looplm.data.prepare import TRAIN, checksum
     from looplm.data.prepared import TokenStream
 
     stream = TokenStream(folder, split=TRAIN)
@@ -118,7 +110,7 @@ def _inspect(folder: Path) -> None:
     console.print(
         f"[dim]of {escape(', '.join(manifest.config['sources']))}; {manifest.vocab_size:,} kinds of tokens[/dim]"
     )
-    tokenizer = load_tokenizer(folder / TOKENIZER)
+    tokenizer = load_tokenizer(folder)
     starts = [0, *stream.ends[:-1].tolist()]
     for number in sorted({0, len(starts) // 3, 2 * len(starts) // 3}):
         start, end = starts[number], int(stream.ends[number])

@@ -59,12 +59,7 @@ def evaluate(
     from looplm.errors import ConfigError
     from looplm.eval.loops import TEXT_KINDS
 
-    if n is not None and n < 1:
-        raise ConfigError(f"--n {n} is too small; give 1 or more")
-    if suite not in (None, "reasoning", "s3", "loops"):
-        raise ConfigError(f"no suite {suite!r}; there is reasoning, s3 and loops")
-    if missing is not None and exit_rule is None:
-        raise ConfigError("--missing says what --exit leaves out; give --exit too")
+    _check_given(n=n, suite=suite, missing=missing, exit_rule=exit_rule)
     for option, path in (("--json", json_out), ("--plot", plot)):
         if path is not None:
             _check_writable(path, option=option)
@@ -310,6 +305,18 @@ def _reasoning(
         "harder": {name: each.as_dict() for name, each in extra.scores.items()} if extra is not None else {},
         "mistakes": results[headline].mistakes,
     }
+
+
+def _check_given(*, n: int | None, suite: str | None, missing: str | None, exit_rule: str | None) -> None:
+    """Refuse what is wrong whatever the run."""
+    from looplm.errors import ConfigError
+
+    if n is not None and n < 1:
+        raise ConfigError(f"--n {n} is too small; give 1 or more")
+    if suite not in (None, "reasoning", "s3", "loops"):
+        raise ConfigError(f"no suite {suite!r}; there is reasoning, s3 and loops")
+    if missing is not None and exit_rule is None:
+        raise ConfigError("--missing says what --exit leaves out; give --exit too")
 
 
 def _refuse(options: dict[str, Any], reason: str) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from looplm.cli.arguments import Field, Sources
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -30,24 +32,13 @@ def tokenizer() -> None:
 
 @app.command("train")
 def train(
-    sources: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="SOURCES...",
-            help="Files, folders or globs (.txt .md .py .jsonl, also with .zst, .parquet), hub:NAME[,CONFIG,SPLIT], or "
-            "builtin:python.",
-            show_default=False,
-        ),
-    ] = None,
+    sources: Sources = None,
     out: Annotated[Path, typer.Option(help="Folder to save it in.")] = Path("tokenizer"),
     vocab: Annotated[int, typer.Option(help="Tokens in all, 14 tags and 256 bytes among them.")] = 65536,
     digits: Annotated[
         int, typer.Option(help="Most digits in one token, 1 to 3. One is best for arithmetic, 3 for short texts.")
     ] = 1,
-    field: Annotated[
-        str | None,
-        typer.Option(help="Field of records that holds the text.", show_default="the first of text, content, ..."),
-    ] = None,
+    field: Field = None,
     sample_bytes: Annotated[
         int, typer.Option(help="Most text to learn from, in bytes, an equal share of each source.")
     ] = 1_000_000_000,

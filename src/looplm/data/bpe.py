@@ -36,7 +36,7 @@ SPECIAL = (
 PAD, BOS, EOS, UNKNOWN = SPECIAL[:4]
 N_BYTES = 256
 MAX_DIGITS = 3
-FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 
 # What both Hugging Face and plain Jinja render, with or without `trim_blocks`: no line ends, no extension's tags. Only
 # the assistant's turns are closed, for it alone must learn where they end.
@@ -149,7 +149,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "chat_template": CHAT_TEMPLATE,
     }
     write_whole(folder / CONFIG_FILE, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
-    write_whole(folder / FILE, tokenizer.to_str(pretty=True).encode())  # last: a folder without it holds no tokenizer
+    write_whole(
+        folder / TOKENIZER, tokenizer.to_str(pretty=True).encode()
+    )  # last: a folder without it holds no tokenizer
 
 
 def check_new(folder: Path) -> None:
@@ -160,7 +162,7 @@ def check_new(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{str(folder)!r} is a file; a tokenizer is saved in a folder")
-    if (folder / FILE).exists():
+    if (folder / TOKENIZER).exists():
         raise ConfigError(f"{str(folder)!r} already holds a tokenizer; give another --out")
 
 
@@ -174,7 +176,7 @@ def load_tokenizer(path: Path, *, reads_tags: bool = False) -> Tokenizer:
         ConfigError: there is none.
         DataError: the file is cut short or is of another kind.
     """
-    file = path / FILE if path.is_dir() else path
+    file = path / TOKENIZER if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"no tokenizer in {str(path)!r}; make one with `looplm tokenizer train`")
     try:

@@ -26,13 +26,14 @@ from pydantic import Field, PositiveInt
 from tokenizers import Tokenizer
 
 from looplm.config import Config
+from looplm.data.bpe import EOS, TOKENIZER
 from looplm.data.documents import Skipped, parts_of, read_documents
 from looplm.errors import ConfigError, DataError
 from looplm.files import write_whole
 
-MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
+MANIFEST = "manifest.json"
 TRAIN, HELD_OUT = "train", "held_out"
-END_OF_TEXT = ("<|end_of_text|>", "<|endoftext|>", "<EOS>", "</s>")  # by whatever name the tokenizer has it
+END_OF_TEXT = (EOS, "<|endoftext|>", "<EOS>", "</s>")  # by whatever name the tokenizer has it
 FIM_TAGS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 BATCH = 512  # documents tokenised at a time, on all cores
 SHUFFLE_STREAM, FIM_STREAM = 0, 1
@@ -110,10 +111,10 @@ def prepare(
         n_done, skipped_here = manifest.n_done if part_idx == manifest.part else 0, Skipped()
         documents = read_documents(manifest.parts[part_idx], field=config.field, skipped=skipped_here)
         for texts in _batched(islice(documents, n_done, None)):
-            kept.add(texts, config, tokenizer, end_id=manifest.end_id)
+            n_bytes = kept.add(texts, config, tokenizer, end_id=manifest.end_id)
             n_done += len(texts)
             if on_progress is not None:
-                on_progress(sum(len(text.encode()) for text in texts))
+                on_progress(n_bytes)
             if kept.n_tokens >= config.shard_tokens:
                 kept = _close(manifest, kept, folder, seed=config.seed, at=(part_idx, n_done), skipped=skipped)
         skipped += skipped_here
@@ -213,20 +214,25 @@ class _Kept:
         self.n_bytes = {TRAIN: 0, HELD_OUT: 0}
         self.n_tokens = 0
 
-    def add(self, texts: Sequence[str], config: PrepareConfig, tokenizer: Tokenizer, *, end_id: int) -> None:
+    def add(self, texts: Sequence[str], config: PrepareConfig, tokenizer: Tokenizer, *, end_id: int) -> int:
+        """Tokenise documents and keep them; how many bytes they have."""
         pieces = [_pieces(text, config) for text in texts]
         encoded = iter(
             tokenizer.encode_batch_fast([piece for each in pieces for piece in each], add_special_tokens=False)
         )
         tags = _fim_ids(tokenizer) if config.fim else []
+        n_bytes = 0
         for text, each in zip(texts, pieces, strict=True):
             ids: list[int] = []
             for number, encoding in enumerate(islice(encoded, len(each))):
                 ids += [*tags[number : number + 1], *encoding.ids] if len(each) > 1 else encoding.ids
             split = HELD_OUT if is_held_out(text, share=config.held_out) else TRAIN
             self.documents[split].append(np.array([*ids, end_id], dtype=np.uint32))
-            self.n_bytes[split] += len(text.encode())
+            size = len(text.encode())
+            self.n_bytes[split] += size
             self.n_tokens += len(ids) + 1
+            n_bytes += size
+        return n_bytes
 
 
 def _pieces(text: str, config: PrepareConfig) -> tuple[str, ...]:
@@ -254,12 +260,13 @@ def _close(manifest: Manifest, kept: _Kept, folder: Path, *, seed: int, at: tupl
         order = np.random.default_rng([SHUFFLE_STREAM, seed, number]).permutation(len(documents))
         shuffled = [documents[index] for index in order]
         path = folder / f"{split}-{number:05}.bin"
-        write_whole(path, np.concatenate(shuffled).astype(np.dtype(manifest.dtype).newbyteorder("<")).tobytes())
+        data = np.concatenate(shuffled).astype(np.dtype(manifest.dtype).newbyteorder("<")).tobytes()
+        write_whole(path, data)
         ends = np.cumsum([len(each) for each in shuffled], dtype=np.int64)
         packed = io.BytesIO()
         np.save(packed, ends)
         write_whole(path.with_suffix(".ends.npy"), packed.getvalue())
-        shard = Shard(path.name, split, int(ends[-1]), len(ends), kept.n_bytes[split], checksum(path))
+        shard = Shard(path.name, split, int(ends[-1]), len(ends), kept.n_bytes[split], hashlib.sha256(data).hexdigest())
         manifest.shards.append(shard)
     (manifest.part, manifest.n_done), manifest.skipped = at, dict(skipped)
     _write_manifest(manifest, folder)

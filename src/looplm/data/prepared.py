@@ -13,6 +13,7 @@ import shutil
 import sysconfig
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -24,10 +25,10 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 from tokenizers import Tokenizer
 
 from looplm.config import Config
-from looplm.data.bpe import token_bytes, train_bpe
+from looplm.data.bpe import load_tokenizer, token_bytes, train_bpe
 from looplm.data.documents import BUILTIN_PYTHON, read_documents
 from looplm.data.pack import IGNORE, Batch
-from looplm.data.prepare import HELD_OUT, TOKENIZER, TRAIN, PrepareConfig, Shard, prepare, read_manifest
+from looplm.data.prepare import HELD_OUT, TRAIN, PrepareConfig, Shard, prepare, read_manifest
 from looplm.errors import ConfigError, DataError
 
 BLOCK = 1024  # rows in which every folder has its share
@@ -79,18 +80,32 @@ class PreparedConfig(Config):
                 raise ValueError(f"{len(folders)} folders are mixed; give 1 to {MOST_FOLDERS}")
         return self
 
-    def in_full(self) -> list[PhaseConfig]:
-        """The phases with nothing left null but the last one's length."""
-        own = {"folders": self.folders, "n_rows": self.n_rows, "row_len": self.row_len}
-        given = [
-            {k: v for k, v in phase.model_dump().items() if v is not None} for phase in self.phases or [PhaseConfig()]
+    def in_full(self) -> "list[Phase]":
+        """The phases with what they leave null filled in."""
+        return [
+            Phase(
+                phase.n_batches,
+                self.folders if phase.folders is None else phase.folders,
+                self.n_rows if phase.n_rows is None else phase.n_rows,
+                self.row_len if phase.row_len is None else phase.row_len,
+            )
+            for phase in self.phases or [PhaseConfig()]
         ]
-        return [PhaseConfig(**{**own, **phase}) for phase in given]
 
     @property
     def longest_row(self) -> int:
         """Tokens of the longest row of any phase."""
-        return max(phase.row_len or 0 for phase in self.in_full())
+        return max(phase.row_len for phase in self.in_full())
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A `PhaseConfig` in full; `n_batches` of the last one does not count."""
+
+    n_batches: int | None
+    folders: dict[str, float]
+    n_rows: int
+    row_len: int
 
 
 class TokenStream:
@@ -169,7 +184,7 @@ class PreparedSource:
         self.config, self.seed, self.held_out = config, seed, held_out
         self.phases = config.in_full()
         split = HELD_OUT if held_out else TRAIN
-        names = sorted({name for phase in self.phases for name in phase.folders or {}})
+        names = sorted({name for phase in self.phases for name in phase.folders})
         self.streams = {name: TokenStream(open_folder(name), split=split) for name in names}
         self._check()
         first = next(iter(self.streams.values())).manifest
@@ -180,7 +195,7 @@ class PreparedSource:
     @property
     def tokenizer(self) -> Tokenizer:
         """What the text was cut with."""
-        return Tokenizer.from_file(str(next(iter(self.streams.values())).folder / TOKENIZER))
+        return load_tokenizer(next(iter(self.streams.values())).folder)
 
     @property
     def token_bytes(self) -> NDArray[np.int64]:
@@ -190,16 +205,15 @@ class PreparedSource:
     @property
     def n_held_out(self) -> int:
         """Held-out batches, the last one perhaps a short one."""
-        return -(-len(self._held_out_rows) // (self.phases[-1].n_rows or 1))
+        return -(-len(self._held_out_rows) // self.phases[-1].n_rows)
 
     def batch(self, index: int) -> Batch:
         """Micro-batch number `index`."""
         if self.held_out:
-            n_rows = self.phases[-1].n_rows or 1
+            n_rows = self.phases[-1].n_rows
             return self._stack(self._held_out_rows[index * n_rows : (index + 1) * n_rows], self.phases[-1])
         phase_idx, number = self._phase(index)
         phase = self.phases[phase_idx]
-        assert phase.n_rows is not None
         rows = [self._row(phase_idx, number * phase.n_rows + row) for row in range(phase.n_rows)]
         return self._stack(rows, phase)
 
@@ -215,8 +229,6 @@ class PreparedSource:
     def _row(self, phase_idx: int, row: int) -> tuple[str, int]:
         """Folder and window of row number `row` of a phase."""
         phase = self.phases[phase_idx]
-        assert phase.folders is not None
-        assert phase.row_len is not None
         names = sorted(phase.folders)
         weights = tuple(phase.folders[name] for name in names)
         which, numbers = mixture_block(weights, row // BLOCK, seed=(self.seed, phase_idx))
@@ -225,9 +237,8 @@ class PreparedSource:
         epoch, number = divmod(number, n_windows)
         return name, shuffled(number, n_windows, seed=(self.seed, phase_idx, which[row % BLOCK], epoch))
 
-    def _stack(self, rows: Sequence[tuple[str, int]], phase: PhaseConfig) -> Batch:
+    def _stack(self, rows: Sequence[tuple[str, int]], phase: Phase) -> Batch:
         row_len = phase.row_len
-        assert row_len is not None
         windows = np.stack([self.streams[name].read(number * row_len, row_len + 1) for name, number in rows])
         ids, targets = windows[:, :-1], windows[:, 1:].copy()
         if not self.config.mask_documents:
@@ -243,8 +254,7 @@ class PreparedSource:
     @cached_property
     def _held_out_rows(self) -> list[tuple[str, int]]:
         phase = self.phases[-1]
-        assert phase.row_len is not None
-        lengths = {name: self.streams[name].n_tokens for name in sorted(phase.folders or {})}
+        lengths = {name: self.streams[name].n_tokens for name in sorted(phase.folders)}
         rows = [(name, number) for name, length in lengths.items() for number in range((length - 1) // phase.row_len)]
         # so that however few are scored, all folders are among them
         return [rows[index] for index in np.random.default_rng(ORDER_STREAM).permutation(len(rows))]
@@ -264,8 +274,8 @@ class PreparedSource:
                     "what one holds out the other may learn from; prepare both with one"
                 )
         for phase in self.phases:
-            for name in phase.folders or {}:
-                n_tokens, row_len = self.streams[name].n_tokens, phase.row_len or 0
+            for name in phase.folders:
+                n_tokens, row_len = self.streams[name].n_tokens, phase.row_len
                 if self.held_out and not n_tokens:
                     raise DataError(
                         f"prepared text {name!r} holds nothing out to be scored: prepare it with a larger --held-out, "

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from looplm.checkpoint import LoadedRun, run_folder
-from looplm.data.prepare import TOKENIZER
+from looplm.data.bpe import TOKENIZER
 from looplm.errors import CheckpointError
 from looplm.infer.completer import Completer, Subwords, Utf8
 

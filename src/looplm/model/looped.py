@@ -27,7 +27,7 @@ from looplm.model.loop.exit import ExitConfig, Halting, NoExitConfig, check_last
 from looplm.model.loop.inject import InjectConfig, NoInjectConfig, make_inject
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.loop.rows import run_rows
-from looplm.model.moe import MoEConfig
+from looplm.model.moe import MoEConfig, total_loads
 from looplm.model.norm import RMSNorm
 from looplm.model.partial import Ran, begin, go_on
 from looplm.model.smear import SmearConfig, make_smear
@@ -586,9 +586,7 @@ class LoopedLM(nn.Module):
 
     def balance(self, loads: Iterable[tuple[int, Tensor]]) -> None:
         """Move every router's bias one step towards an even load; `loads` are those of the `Asides` since the last."""
-        total: dict[int, Tensor] = {}
-        for layer_idx, load in loads:
-            total[layer_idx] = total[layer_idx] + load if layer_idx in total else load
+        total = total_loads(loads)
         for block in self.blocks():
             if block.moe is not None and block.place.layer_idx in total:
                 block.moe.balance(total[block.place.layer_idx])

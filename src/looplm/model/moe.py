@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, N tokens of the batch, E experts, k experts per token
 """
 
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -210,3 +211,11 @@ class MoE(nn.Module):
         share = load / load.sum()
         balance = self.config.n_experts * (share * logits.softmax(-1).mean(0)).sum()
         return self.config.balance_loss * balance + self.config.z_loss * logits.logsumexp(-1).square().mean()
+
+
+def total_loads(loads: Iterable[tuple[int, Tensor]]) -> dict[int, Tensor]:
+    """The tokens sent to each expert (E,) by layer, over all calls of it."""
+    total: dict[int, Tensor] = {}
+    for layer_idx, load in loads:
+        total[layer_idx] = total[layer_idx] + load if layer_idx in total else load
+    return total

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from looplm.optim.buffers import buffer
+
 
 class Lion(Optimizer):
     """p <- (1 - lr wd) p - lr sign(beta1 m + (1 - beta1) g), then m <- beta2 m + (1 - beta2) g."""
@@ -30,17 +32,10 @@ class Lion(Optimizer):
             if not parameters:
                 continue
             gradients: list[Tensor] = [parameter.grad for parameter in parameters]
-            momenta = [self._momentum(parameter) for parameter in parameters]
+            momenta = [buffer(self.state[p], "momentum_buffer", p) for p in parameters]
             beta1, beta2 = group["betas"]
             updates = torch._foreach_lerp(momenta, gradients, 1 - beta1)
             torch._foreach_sign_(updates)
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(parameters, updates, alpha=-group["lr"])
             torch._foreach_lerp_(momenta, gradients, 1 - beta2)
-
-    def _momentum(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer: Tensor = state["momentum_buffer"]
-        return buffer

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from looplm.optim.buffers import buffer
+
 # Quintic coefficients of the iteration: singular values between 0 and 1 end near 1 after five steps.
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 # The best polynomial of each step for what the one before leaves (Polar Express, arXiv 2505.16932), five steps, with
@@ -62,7 +64,7 @@ class Muon(Optimizer):
                     by_shape[parameter.shape].append(parameter)
             for (*_, n_rows, n_columns), parameters in by_shape.items():
                 gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-                momenta = [self._momentum(parameter) for parameter in parameters]
+                momenta = [buffer(self.state[p], "momentum_buffer", p) for p in parameters]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 updates = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
                 rate = group["lr"] * max(1.0, n_rows / n_columns) ** 0.5
@@ -83,27 +85,14 @@ class Muon(Optimizer):
         size = min(n_rows, n_columns) ** 0.5
         x = x * (size / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-6))
         squares = x.square().mean(dim=-1 if n_rows >= n_columns else -2, keepdim=True)
-        seconds = [self._second(p, like) for p, like in zip(parameters, squares.unbind(), strict=True)]
+        each = zip(parameters, squares.unbind(), strict=True)
+        seconds = [buffer(self.state[p], "second_momentum_buffer", like) for p, like in each]
         torch._foreach_lerp_(seconds, list(squares.unbind()), 1 - group["beta2"])
         x = x * torch.stack(seconds).clamp(min=1e-10).rsqrt()
         x = x * (size / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
         for parameter, update in zip(parameters, x.unbind(), strict=True):
             shrinks = update * parameter >= 0
             parameter.sub_(rate * (update + group["weight_decay"] * parameter * shrinks))
-
-    def _second(self, parameter: Tensor, like: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if "second_momentum_buffer" not in state:
-            state["second_momentum_buffer"] = torch.zeros_like(like)
-        buffer: Tensor = state["second_momentum_buffer"]
-        return buffer
-
-    def _momentum(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer: Tensor = state["momentum_buffer"]
-        return buffer
 
 
 def orthogonalize(

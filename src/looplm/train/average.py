@@ -5,8 +5,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from looplm.checkpoint import CONFIG, MODEL, checkpoints, read_tensors, run_folder, save_tensors, tied_names, write_text
-from looplm.data.prepare import TOKENIZER
+from looplm.checkpoint import (
+    CONFIG,
+    MODEL,
+    checkpoints,
+    own_tensors,
+    read_tensors,
+    run_folder,
+    save_tensors,
+    write_text,
+)
+from looplm.data.bpe import TOKENIZER
 from looplm.errors import ConfigError
 from looplm.model.looped import LoopedLM
 
@@ -17,23 +26,19 @@ class MovingAverage:
 
     def __init__(self, model: LoopedLM, *, decay: float) -> None:
         self.model, self.decay = model, decay
-        self.tensors = {name: tensor.detach().clone() for name, tensor in self._current().items()}
+        self.tensors = {name: tensor.detach().clone() for name, tensor in own_tensors(model).items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after step number `step`."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        current = self._current()
+        current = own_tensors(self.model)
         torch._foreach_lerp_(list(self.tensors.values()), [current[name] for name in self.tensors], 1 - decay)
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Go on from a checkpoint's."""
         for name, tensor in self.tensors.items():
             tensor.copy_(tensors[name])
-
-    def _current(self) -> dict[str, Tensor]:
-        tied = tied_names(self.model)
-        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied}
 
 
 def average_checkpoints(run: Path, out: Path, *, n: int) -> list[Path]:

@@ -34,6 +34,7 @@ from looplm.eval.loops import next_token_score
 from looplm.model.count import count
 from looplm.model.loop.plan import CurriculumPlanConfig, LoopPlan, PlanConfig, PoissonPlanConfig
 from looplm.model.looped import LoopedLM, ModelConfig
+from looplm.model.moe import total_loads
 from looplm.optim.groups import OptimizerConfig, gradient_norm, make_optimizers, set_lr_scale
 from looplm.optim.schedule import ScheduleConfig
 from looplm.telemetry.sinks import Record, Sink, make_sinks
@@ -308,10 +309,8 @@ class _Fit:
         if dist.n_ranks() > 1:
             loss = dist.sum_tensor(loss)
             n_loops, n_tokens_seen, flops = dist.summed([n_loops, n_tokens_seen, flops], device=self.device)
-            by_layer: dict[int, torch.Tensor] = {}  # ranks have run other numbers of loops, but the same layers
-            for layer_idx, load in loads:
-                by_layer[layer_idx] = by_layer[layer_idx] + load if layer_idx in by_layer else load
-            loads = [(layer_idx, dist.sum_tensor(load)) for layer_idx, load in sorted(by_layer.items())]
+            # ranks have run other numbers of loops, but the same layers
+            loads = [(layer_idx, dist.sum_tensor(load)) for layer_idx, load in sorted(total_loads(loads).items())]
         position.tokens += int(n_tokens_seen)
         position.flops += flops
         norm = gradient_norm(self.model)

@@ -11,9 +11,9 @@ from pydantic import model_validator
 from looplm import dist
 from looplm.checkpoint import CONFIG, run_folder, write_text
 from looplm.config import Config, apply_overrides, load_preset, load_yaml, parse, to_yaml
+from looplm.data.bpe import TOKENIZER
 from looplm.data.bytes import VOCAB_SIZE as N_BYTES
 from looplm.data.bytes import BytesConfig
-from looplm.data.prepare import TOKENIZER
 from looplm.data.prepared import PreparedConfig, PreparedSource
 from looplm.data.sources import DataConfig, PermutationsConfig, Source, held_out_text, make_source, row_length
 from looplm.data.tasks import permutations
@@ -180,9 +180,10 @@ def _validation(config: RunConfig, folder: Path) -> Validate:
     batches = held_out_batches(data)
     if isinstance(data, BytesConfig | PreparedConfig):
         token_bytes = held_out_text(data).token_bytes
+        codec = Utf8() if isinstance(data, BytesConfig) else Subwords(folder)
 
         def of_text(model: LoopedLM, step: int) -> Record:
-            _add_sample(model, folder, codec=Utf8() if isinstance(data, BytesConfig) else Subwords(folder), step=step)
+            _add_sample(model, folder, codec=codec, step=step)
             return {"val_bpb": bits_per_byte(model, batches, token_bytes, n_loops=n_loops)}
 
         return of_text

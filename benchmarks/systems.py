@@ -37,6 +37,7 @@ from looplm.model.count import count
 from looplm.model.layer_inputs import Asides
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import LoopedLM
+from looplm.telemetry.meter import matmul_rate
 from looplm.train.losses import next_token_loss
 
 N_PROMPT, N_NEW = 32, 64
@@ -243,17 +244,6 @@ def osrt_v4(path: Path) -> Case:
     )
 
 
-def matmul_rate(dtype: torch.dtype) -> float:
-    """FLOPs per second of a 1024-cubed product."""
-    a, b = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(12):
-        started = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - started)
-    return 2 * 1024**3 / min(times)
-
-
 def autocast(mode: str) -> Any:
     return torch.autocast("cpu", dtype=torch.bfloat16) if mode.startswith("bf16") else nullcontext()
 
@@ -397,9 +387,9 @@ def main() -> None:
         ]
     if not cases:
         parser.error("give at least one of --mythos, --nanochat, --osrt")
-    rate = matmul_rate(torch.bfloat16)
+    rate = matmul_rate("cpu", torch.bfloat16)
     print(f"{arguments.threads} threads; 1024-cubed products: {rate / 1e9:.0f} GFLOP/s in bf16, ", end="")
-    print(f"{matmul_rate(torch.float32) / 1e9:.0f} in fp32")
+    print(f"{matmul_rate('cpu', torch.float32) / 1e9:.0f} in fp32")
     results = []
     for name, build in cases:
         if arguments.only is None or arguments.only in name:

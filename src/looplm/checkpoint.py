@@ -3,6 +3,8 @@
     RUN/config.yaml                       the resolved config, itself a valid input
     RUN/checkpoints/step-00001200/        model.safetensors  training.safetensors  state.json  COMPLETE
                                           average.safetensors, where weights are averaged: what is read for inference
+With train.shard each of these files is a folder, `model.shards/` and so on, of one safetensors file per rank, written
+and read by torch.distributed.checkpoint: by any number of ranks, or by none.
 A bare `RUN/model.safetensors` beside config.yaml (as in the built-in reasoner) is a run without training state.
 Nothing is ever unpickled.
 """
@@ -10,19 +12,25 @@ Nothing is ever unpickled.
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
+from looplm import dist
 from looplm.config import load_yaml, parse
 from looplm.errors import CheckpointError, TrainingError
 from looplm.files import write_whole
@@ -37,6 +45,7 @@ MODEL, AVERAGE, TRAINING, STATE, MARKER, CONFIG = (
     "config.yaml",
 )
 BUILTIN = "builtin:"
+RNG = "torch_rng"
 
 
 @dataclass
@@ -62,7 +71,7 @@ def load_run(run: str | Path) -> LoadedRun:
     config = load_yaml(folder / CONFIG)
     model = LoopedLM.on("cpu", run_model_config(folder), draw=False)
     with _naming_the_one_before(folder, weights):
-        load_weights(model, weights / (AVERAGE if (weights / AVERAGE).is_file() else MODEL))
+        load_weights(model, weights / (AVERAGE if _is_there(weights / AVERAGE) else MODEL))
     return LoadedRun(model.eval(), config, weights)
 
 
@@ -112,17 +121,14 @@ def latest_checkpoint(folder: Path) -> Path:
 
 def load_weights(model: LoopedLM, path: Path) -> None:
     """Read weights into `model`, in the model's own type; missing, extra and misshapen keys are listed in one error."""
-    tensors = _read_weights(model, path)
-    for name, tensor in own_tensors(model).items():
-        tensor.copy_(tensors[name])
+    _read_weights(own_tensors(model), path)
 
 
-def _read_weights(model: LoopedLM, path: Path) -> dict[str, Tensor]:
-    tensors = read_tensors(path)
-    problems = mismatches({name: tensor.shape for name, tensor in own_tensors(model).items()}, tensors)
+def _read_weights(targets: Mapping[str, Tensor], path: Path) -> None:
+    problems = mismatches({name: tensor.shape for name, tensor in targets.items()}, described(path))
     if problems:
         raise CheckpointError(f"{path} does not fit the model of its config: {'; '.join(problems)}")
-    return tensors
+    read_into(targets, path)
 
 
 def own_tensors(model: LoopedLM) -> dict[str, Tensor]:
@@ -143,7 +149,11 @@ def mismatches(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor]) 
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file, or one clear error."""
+    """A safetensors file, whole or put together from its shards, or one clear error."""
+    if _shards(path).is_dir():
+        tensors = {name: torch.empty_like(tensor, device="cpu") for name, tensor in described(path).items()}
+        read_into(tensors, path)
+        return tensors
     try:
         return load_file(path)
     except FileNotFoundError:
@@ -151,6 +161,56 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is cut short or not a safetensors file ({error}); restore or retrain it"
+        ) from None
+
+
+def described(path: Path) -> dict[str, Tensor]:
+    """What a safetensors file, or its shards, holds, without its numbers: on the meta device."""
+    if not _shards(path).is_dir():
+        return {name: tensor.to("meta") for name, tensor in read_tensors(path).items()}
+    with _naming_shards(path):
+        entries = _reader(path).read_metadata().state_dict_metadata
+    found = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    for name, entry in found.items():
+        if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+            raise CheckpointError(
+                f"{_shards(path)} lacks a part of {name}: a file of it is gone; restore or retrain it"
+            )
+    return {name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta") for name, entry in found.items()}
+
+
+def read_into(targets: Mapping[str, Tensor], path: Path) -> None:
+    """Fill tensors by name from a safetensors file or its shards; of those that are shared out, this rank's part."""
+    if _shards(path).is_dir():
+        with _naming_shards(path), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process alone is told so
+            dcp.load(dict(targets), storage_reader=_reader(path), no_dist=True)
+        return
+    found = read_tensors(path)
+    for name, target in targets.items():
+        dist.local(target).copy_(dist.part_of(found[name].to(target.device), like=target))
+
+
+def _is_there(path: Path) -> bool:
+    return path.is_file() or _shards(path).is_dir()
+
+
+def _shards(path: Path) -> Path:
+    """The folder that stands for a file in a sharded checkpoint."""
+    return path.with_suffix(".shards")
+
+
+def _reader(path: Path) -> dcp.HuggingFaceStorageReader:
+    return dcp.HuggingFaceStorageReader(str(_shards(path)))  # safetensors: the usual one reads a pickle
+
+
+@contextmanager
+def _naming_shards(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (CheckpointException, SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{_shards(path)} is cut short or not safetensors ({error}); restore or retrain it"
         ) from None
 
 
@@ -178,32 +238,49 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int,
     average: Mapping[str, Tensor] | None = None,
+    is_sharded: bool = False,
 ) -> Path:
-    """Write one complete checkpoint, with averaged weights if there are any, and delete all but the newest `keep`. A
-    failure leaves the earlier ones intact."""
+    """Write one complete checkpoint, with averaged weights if there are any, and delete all but the newest `keep`. All
+    ranks call it; with `is_sharded` each writes its own part, else rank 0 everything. A failure leaves the earlier ones
+    intact, and all ranks raise it."""
     final = folder / "checkpoints" / f"step-{step:08d}"
-    if (final / MARKER).exists():
+    if dist.from_main((final / MARKER).exists()):
         return final
     temporary = final.with_name(final.name + ".partial")
-    try:
+    files: dict[str, Mapping[str, Tensor]] = {
+        MODEL: {name: tensor.detach() for name, tensor in own_tensors(model).items()},
+        TRAINING: optimizer_tensors(optimizers) | {RNG: torch.get_rng_state()},
+    }
+    if average is not None:
+        files[AVERAGE] = average
+
+    def begin() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(final, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_weights(model, temporary / MODEL)
-        if average is not None:
-            save_tensors(average, temporary / AVERAGE)
-        training = optimizer_tensors(optimizers) | {"torch_rng": torch.get_rng_state()}
-        save_file(training, temporary / TRAINING)
+
+    def end() -> None:
         (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        for path in temporary.iterdir():
+        for path in temporary.rglob("*"):
             _sync(path)
         temporary.rename(final)
         (final / MARKER).touch()
         _sync(final)
         _sync(final.parent)  # the rename itself, before anything older is deleted
         _remove_old(folder, keep=keep)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    try:
+        dist.on_main(begin)
+        for name, tensors in files.items():
+            if is_sharded:
+                writer = dcp.HuggingFaceStorageWriter(str(_shards(temporary / name)), save_distributed=True)
+                dcp.save(dict(tensors), storage_writer=writer)
+            else:
+                dist.on_main(partial(save_tensors, tensors, temporary / name))
+        dist.on_main(end)
+    except (OSError, SafetensorError, CheckpointException) as error:
+        if dist.is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
         left = checkpoints(folder)
         kept = f"the last one, {left[-1]}, is intact" if left else "there is no earlier one"
         raise TrainingError(
@@ -230,18 +307,14 @@ def load_checkpoint(folder: Path, *, model: LoopedLM, optimizers: list[Optimizer
     path = latest_checkpoint(folder)
     with _naming_the_one_before(folder, path):
         load_weights(model, path / MODEL)
-        training = read_tensors(path / TRAINING)
-        if "torch_rng" not in training:
-            raise CheckpointError(f"{path / TRAINING} holds no generator state; it is not a training checkpoint")
-        torch.set_rng_state(training.pop("torch_rng"))
-        restore_optimizers(optimizers, training, source=path / TRAINING)
+        _restore_training(optimizers, path / TRAINING)
 
 
-def read_average(folder: Path, *, model: LoopedLM) -> dict[str, Tensor]:
-    """The averaged weights of the newest complete checkpoint, by the names of `own_tensors`."""
+def load_average(folder: Path, *, into: Mapping[str, Tensor]) -> None:
+    """Restore the averaged weights of the newest complete checkpoint, by the names of `own_tensors`."""
     path = latest_checkpoint(folder)
     with _naming_the_one_before(folder, path):
-        return _read_weights(model, path / AVERAGE)
+        _read_weights(into, path / AVERAGE)
 
 
 def optimizer_tensors(optimizers: list[Optimizer]) -> dict[str, Tensor]:
@@ -254,14 +327,25 @@ def optimizer_tensors(optimizers: list[Optimizer]) -> dict[str, Tensor]:
     }
 
 
-def restore_optimizers(optimizers: list[Optimizer], tensors: dict[str, Tensor], *, source: Path) -> None:
-    """The inverse of `optimizer_tensors`."""
+def _restore_training(optimizers: list[Optimizer], path: Path) -> None:
+    """The inverse of `optimizer_tensors`, and the generator's state."""
+    found = described(path)
+    if RNG not in found:
+        raise CheckpointError(f"{path} holds no generator state; it is not a training checkpoint")
+    targets = {RNG: torch.empty_like(found.pop(RNG), device="cpu")}
     states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
-    for key, tensor in tensors.items():
+    parameters = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
+    for key, tensor in found.items():
         number, index, name = key.split(".", 2)
-        if int(number) >= len(optimizers):
-            raise CheckpointError(f"{source} was written by other optimizers than the config names")
-        states[int(number)].setdefault(int(index), {})[name] = tensor
+        if int(number) >= len(optimizers) or int(index) >= len(parameters[int(number)]):
+            raise CheckpointError(f"{path} was written by other optimizers than the config names")
+        parameter = parameters[int(number)][int(index)]
+        # what is shaped as its parameter is shared out as that is
+        is_like = tensor.shape == parameter.shape
+        target = torch.zeros_like(parameter, dtype=tensor.dtype) if is_like else torch.zeros_like(tensor, device="cpu")
+        targets[key] = states[int(number)].setdefault(int(index), {})[name] = target
+    read_into(targets, path)
+    torch.set_rng_state(targets[RNG])
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

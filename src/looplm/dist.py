@@ -4,13 +4,17 @@ here does nothing.
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
 
 from looplm.errors import ConfigError
 
@@ -67,6 +71,21 @@ def wait() -> None:
         dist.barrier()
 
 
+def on_main(action: Callable[[], object]) -> None:
+    """Do it on rank 0 while the others wait; where it fails with an OSError, all fail."""
+    failed: Exception | None = None
+    if is_main():
+        try:
+            action()
+        except Exception as error:
+            failed = error
+    said = from_main(None if failed is None else str(failed))
+    if failed is not None:
+        raise failed
+    if said is not None:
+        raise OSError(said)
+
+
 def from_main(value: T) -> T:
     """What rank 0 has."""
     if not dist.is_initialized():
@@ -85,6 +104,38 @@ def largest(values: list[float], *, device: torch.device) -> list[float]:
 def summed(values: list[float], *, device: torch.device) -> list[float]:
     """The sum of each number over all ranks."""
     return _reduced(values, device=device, how=dist.ReduceOp.SUM)
+
+
+def shard(module: nn.Module, *, layers: Iterable[nn.Module], device: str) -> FSDPModule:
+    """Share the parameters of `module` out to all ranks (FSDP2), and with them gradients and optimizer state. Each of
+    `layers` is gathered when it runs; all else, with it the core, once at the beginning of `module`'s forward, to stay
+    until its backward is done, however many loops there are."""
+    mesh = init_device_mesh(device, (n_ranks(),))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    sharded: FSDPModule = fully_shard(module, mesh=mesh, reshard_after_forward=False)
+    return sharded
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that is shared out, its own memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(part: Tensor, *, like: Tensor) -> Tensor:
+    """All of a tensor of which this rank has `part`, shared out as `like` is."""
+    if not isinstance(like, DTensor):
+        return part
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(part, mesh, placements, shape=like.shape, stride=like.stride()).full_tensor()
+
+
+def part_of(tensor: Tensor, *, like: Tensor) -> Tensor:
+    """This rank's part of `tensor`, which all ranks have, shared out as `like` is: the inverse of `gathered`."""
+    if not isinstance(like, DTensor):
+        return tensor
+    everywhere = DTensor.from_local(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=like.placements).to_local()
 
 
 def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -190,6 +190,7 @@ def test_a_budget_in_flops_is_what_count_says(tmp_path: Path, tiny_reason: list[
     assert result.position.flops == pytest.approx(sum(spent))
     assert sum(spent[:-1]) < 2e9 <= sum(spent)
     assert all(record["tflops"] > 0 and record["memory_gb"] > 0.05 for record in records)
+    assert all(0 < record["mfu"] < 1 for record in records)
 
 
 def test_a_budget_in_minutes_is_wall_time(tmp_path: Path) -> None:
@@ -431,6 +432,23 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path, tiny_reason: list[str
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     shown = [(event.step, event.value) for event in events.Scalars("loss")]
     assert shown == [(record["step"], pytest.approx(record["loss"], rel=1e-5)) for record in records]
+
+
+def test_weights_and_biases_gets_every_record_offline(
+    tmp_path: Path, tiny_reason: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    start_run(resolve_run("reason", overrides=[*tiny_reason, "train.wandb=loops"]), tmp_path / "run")
+    (kept,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    assert kept.read_bytes().count(b"grad_norm") >= 6
+
+
+def test_weights_and_biases_that_is_not_there_is_said(
+    tmp_path: Path, tiny_reason: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"pip install 'looplm\[track\]'"):
+        start_run(resolve_run("reason", overrides=[*tiny_reason, "train.wandb=loops"]), tmp_path / "run")
 
 
 def test_a_batch_without_scored_positions_is_refused() -> None:

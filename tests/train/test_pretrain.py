@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,12 @@ def test_bits_per_byte_of_bytes_is_the_loss(tmp_path: Path) -> None:
     assert records[-1]["val_bpb"] == pytest.approx(bits, rel=1e-5)
     token_bytes = held_out_text(resolved.data).token_bytes  # type: ignore[arg-type]
     assert bits_per_byte(loaded.model, batches, token_bytes, n_loops=4) == pytest.approx(bits, rel=1e-5)
+
+
+def test_phases_lengthen_rows_and_are_told(folder: Path, tmp_path: Path) -> None:
+    resolved = config(folder, "data.phases=[{n_batches: 8}, {row_len: 64}]", "train.accumulate=2")
+    start_run(resolved, tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["phase"] for record in records] == [1, 1, 1, 1, 2, 2]
+    tokens = [record["tokens"] for record in records]
+    assert [after - before for before, after in pairwise([0, *tokens])] == [128, 128, 128, 128, 256, 256]

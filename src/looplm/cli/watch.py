@@ -22,6 +22,8 @@ SHOWN = {  # what is told of the newest record, and how
     "tokens": "{:,.0f}",
     "tokens_per_second": "{:,.0f}",
     "tflops": "{:.3f}",
+    "mfu": "{:.1%} of what its matrix products reach, measured at the start",
+    "phase": "{:.0f}",
     "memory_gb": "{:.2f}",
     "waiting_share": "{:.1%} of the time, for data",
 }

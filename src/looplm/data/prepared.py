@@ -212,12 +212,12 @@ class PreparedSource:
         if self.held_out:
             n_rows = self.phases[-1].n_rows
             return self._stack(self._held_out_rows[index * n_rows : (index + 1) * n_rows], self.phases[-1])
-        phase_idx, number = self._phase(index)
+        phase_idx, number = self.phase(index)
         phase = self.phases[phase_idx]
         rows = [self._row(phase_idx, number * phase.n_rows + row) for row in range(phase.n_rows)]
         return self._stack(rows, phase)
 
-    def _phase(self, index: int) -> tuple[int, int]:
+    def phase(self, index: int) -> tuple[int, int]:
         """The phase of a batch, and its number there."""
         for phase_idx, phase in enumerate(self.phases[:-1]):
             assert phase.n_batches is not None

@@ -70,6 +70,22 @@ def count(config: ModelConfig, *, n_loops: int | None = None) -> Count:
     )
 
 
+class FlopsPerToken:
+    """Training FLOPs of a token by the number of loops, as `looplm count` counts them at the rows' length."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self._by_length: dict[int, tuple[int, int]] = {}
+
+    def __call__(self, n_loops: float, *, n_tokens: int) -> float:
+        if n_tokens not in self._by_length:
+            config = self.config.model_copy(update={"seq_len": n_tokens})
+            one, two = (count(config, n_loops=n).training_flops_per_token for n in (1, 2))
+            self._by_length[n_tokens] = one, two - one
+        first, each = self._by_length[n_tokens]
+        return first + (n_loops - 1) * each
+
+
 def _context(config: ModelConfig, layer_idx: int) -> float:
     """Keys a query sees in one layer, the mean over a full sequence."""
     window = config.block.attention.window_at(layer_idx, config.n_layers)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from looplm.config import Config
@@ -114,4 +115,5 @@ def set_lr_scale(optimizers: list[Optimizer], scale: float) -> None:
 
 def gradient_norm(model: nn.Module) -> torch.Tensor:
     """Global L2 norm of the gradients, without changing them."""
-    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from looplm.dist import local
 from looplm.optim.buffers import buffer
 
 
@@ -28,11 +29,12 @@ class Lion(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not parameters:
+            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not moving:
                 continue
-            gradients: list[Tensor] = [parameter.grad for parameter in parameters]
-            momenta = [buffer(self.state[p], "momentum_buffer", p) for p in parameters]
+            parameters: list[Tensor] = [local(parameter) for parameter in moving]
+            gradients = [local(parameter.grad) for parameter in moving]
+            momenta = [local(buffer(self.state[p], "momentum_buffer", p)) for p in moving]
             beta1, beta2 = group["betas"]
             updates = torch._foreach_lerp(momenta, gradients, 1 - beta1)
             torch._foreach_sign_(updates)

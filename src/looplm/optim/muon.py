@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from looplm.dist import gathered, local, part_of
 from looplm.optim.buffers import buffer
 
 # Quintic coefficients of the iteration: singular values between 0 and 1 end near 1 after five steps.
@@ -35,6 +36,9 @@ class Muon(Optimizer):
     With `beta2` it is NorMuon (arXiv 2510.05491) as nanochat has it: rows are brought to one size before the iteration,
     the orthogonal update is divided by the root of a running mean of its squares, over columns or rows, whichever are
     fewer numbers to keep, and made as large as it was; and a weight decays only where the update takes it to zero too.
+
+    Of parameters that are shared out to ranks (FSDP2) the momenta are too; updates are gathered, and every rank makes
+    all of them orthogonal, the same.
     """
 
     def __init__(
@@ -63,17 +67,20 @@ class Muon(Optimizer):
                 if parameter.grad is not None:
                     by_shape[parameter.shape].append(parameter)
             for (*_, n_rows, n_columns), parameters in by_shape.items():
-                gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-                momenta = [buffer(self.state[p], "momentum_buffer", p) for p in parameters]
+                gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+                momenta = [local(buffer(self.state[p], "momentum_buffer", p)) for p in parameters]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-                updates = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
+                parts = zip(torch._foreach_lerp(gradients, momenta, group["momentum"]), parameters, strict=True)
+                updates = torch.stack([gathered(part, like=parameter) for part, parameter in parts])
                 rate = group["lr"] * max(1.0, n_rows / n_columns) ** 0.5
                 if group["beta2"] is not None:
                     self._normalised(parameters, updates, rate=rate, group=group)
                     continue
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                orthogonal = orthogonalize(updates.view(-1, n_rows, n_columns), dtype=self.dtype)
-                torch._foreach_add_(parameters, list(orthogonal.view(updates.shape).unbind()), alpha=-rate)
+                orthogonal = orthogonalize(updates.view(-1, n_rows, n_columns), dtype=self.dtype).view(updates.shape)
+                own = [part_of(each, like=p) for each, p in zip(orthogonal.unbind(), parameters, strict=True)]
+                weights = [local(parameter) for parameter in parameters]
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, own, alpha=-rate)
 
     def _normalised(self, parameters: list[Tensor], updates: Tensor, *, rate: float, group: dict[str, Any]) -> None:
         """NorMuon's step for parameters of one shape, `updates` (K, ..., R, C)."""
@@ -86,13 +93,14 @@ class Muon(Optimizer):
         x = x * (size / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-6))
         squares = x.square().mean(dim=-1 if n_rows >= n_columns else -2, keepdim=True)
         each = zip(parameters, squares.unbind(), strict=True)
-        seconds = [buffer(self.state[p], "second_momentum_buffer", like) for p, like in each]
+        seconds = [buffer(self.state[p], "second_momentum_buffer", like) for p, like in each]  # whole on every rank
         torch._foreach_lerp_(seconds, list(squares.unbind()), 1 - group["beta2"])
         x = x * torch.stack(seconds).clamp(min=1e-10).rsqrt()
         x = x * (size / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
-        for parameter, update in zip(parameters, x.unbind(), strict=True):
-            shrinks = update * parameter >= 0
-            parameter.sub_(rate * (update + group["weight_decay"] * parameter * shrinks))
+        for parameter, whole in zip(parameters, x.unbind(), strict=True):
+            weight, update = local(parameter), part_of(whole, like=parameter)
+            shrinks = update * weight >= 0
+            weight.sub_(rate * (update + group["weight_decay"] * weight * shrinks))
 
 
 def orthogonalize(

@@ -1,12 +1,14 @@
 """Where metrics are written: JSON lines always, TensorBoard if it is installed. One record per logged step."""
 
+import hashlib
 import importlib.util
 import json
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Protocol
 
-from looplm.errors import TrainingError
+from looplm.config import load_yaml
+from looplm.errors import ConfigError, TrainingError
 
 Record = dict[str, float | int]
 METRICS, SAMPLES = "metrics.jsonl", "samples.txt"  # of a run folder
@@ -71,9 +73,48 @@ class TensorBoardSink:
             self._writer.close()
 
 
-def make_sinks(folder: Path, *, from_step: int) -> list[Sink]:
-    """All sinks of a run folder that stands at `from_step`."""
+class WandbSink:
+    """Every record to a project of Weights & Biases, or with WANDB_MODE=offline to RUN/wandb, for `wandb sync` later. A
+    resumed run goes on in the same place."""
+
+    def __init__(self, project: str, folder: Path) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError("train.wandb takes wandb, which is not installed: pip install 'looplm[track]'") from None
+        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        config = load_yaml(folder / "config.yaml")
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=folder.name,
+                id=name,
+                dir=folder,
+                config=config,
+                resume="allow",
+                settings=wandb.Settings(console="off", silent=True),  # the terminal is the progress bar's
+            )
+        except (wandb.Error, OSError) as error:
+            raise ConfigError(
+                f"Weights & Biases does not take project {project!r} ({error}): wandb login, or WANDB_MODE=offline"
+            ) from None
+
+    def write(self, record: Record) -> None:
+        self._run.log(record, step=int(record["step"]))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def make_sinks(folder: Path, *, from_step: int, wandb: str | None = None) -> list[Sink]:
+    """All sinks of a run folder that stands at `from_step`; `wandb` names a project.
+
+    Raises:
+        ConfigError: wandb is missing, or not logged in.
+    """
     sinks: list[Sink] = [JsonlSink(folder / METRICS, from_step=from_step)]
+    if wandb is not None:
+        sinks.append(WandbSink(wandb, folder))
     if importlib.util.find_spec("tensorboard") is not None:
         sinks.append(TensorBoardSink(folder / "tensorboard"))
     return sinks

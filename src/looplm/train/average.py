@@ -16,6 +16,7 @@ from looplm.checkpoint import (
     write_text,
 )
 from looplm.data.bpe import TOKENIZER
+from looplm.dist import local
 from looplm.errors import ConfigError
 from looplm.model.looped import LoopedLM
 
@@ -33,12 +34,8 @@ class MovingAverage:
         """Take in the weights after step number `step`."""
         decay = min(self.decay, (1 + step) / (10 + step))
         current = own_tensors(self.model)
-        torch._foreach_lerp_(list(self.tensors.values()), [current[name] for name in self.tensors], 1 - decay)
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint's."""
-        for name, tensor in self.tensors.items():
-            tensor.copy_(tensors[name])
+        averages = [local(tensor) for tensor in self.tensors.values()]
+        torch._foreach_lerp_(averages, [local(current[name]) for name in self.tensors], 1 - decay)
 
 
 def average_checkpoints(run: Path, out: Path, *, n: int) -> list[Path]:

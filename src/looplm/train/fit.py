@@ -7,7 +7,6 @@ in steps or tokens; a budget in minutes ties the learning rate to the clock).
 
 import logging
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,23 +19,26 @@ import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from looplm import dist
-from looplm.checkpoint import checkpoints, load_checkpoint, read_average, read_state, save_checkpoint
+from looplm.checkpoint import checkpoints, load_average, load_checkpoint, own_tensors, read_state, save_checkpoint
 from looplm.config import Config
 from looplm.data.loader import Loader
 from looplm.data.pack import Batch
+from looplm.data.prepared import PreparedSource
 from looplm.data.sources import PermutationsSource, Source
 from looplm.errors import CheckpointError, ConfigError, TrainingError
 from looplm.eval.loops import next_token_score
-from looplm.model.count import count
+from looplm.model.count import FlopsPerToken
 from looplm.model.loop.plan import CurriculumPlanConfig, LoopPlan, PlanConfig, PoissonPlanConfig
-from looplm.model.looped import LoopedLM, ModelConfig
+from looplm.model.looped import LoopedLM
 from looplm.model.moe import total_loads
 from looplm.optim.groups import OptimizerConfig, gradient_norm, make_optimizers, set_lr_scale
 from looplm.optim.schedule import ScheduleConfig
+from looplm.telemetry.meter import matmul_rate, memory_gb
 from looplm.telemetry.sinks import Record, Sink, make_sinks
 from looplm.train.average import MovingAverage
 from looplm.train.losses import ExitGateConfig, LoopLossConfig, StateLossConfig, exit_gate_loss, next_token_loss
@@ -103,6 +105,11 @@ class TrainConfig(Config):
     """Newest checkpoints kept."""
     recompute: bool = False
     """Activation checkpointing: keep the state between loops only and compute each loop again in the backward pass."""
+    wandb: str | None = None
+    """Project of Weights & Biases that records go to as well; null for none. WANDB_MODE=offline keeps them here."""
+    shard: bool = False
+    """Share weights, gradients and optimizer state out to the ranks (FSDP2), for models that one GPU does not hold; the
+    core is gathered once a step, whatever the number of loops. Else every rank has all of them (DDP)."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Device, precision, compilation, threads."""
 
@@ -219,22 +226,27 @@ class _Fit:
             assert chosen is not None
             self.runtime = chosen
         self.seconds_before, self.waited_before = self.position.seconds, self.position.seconds_waited
+        self.loss: _Loss | DistributedDataParallel = _Loss(self)
+        self.sharded: FSDPModule | None = None
+        if config.shard and dist.n_ranks() > 1:
+            layers = [*model.prelude, *model.coda]
+            self.sharded = dist.shard(self.loss, layers=layers, device=self.runtime.device)
         # the model moves before its optimizers are made: they hold its parameters, and their state follows those
         self.runtime.apply(model, rows_vary=isinstance(config.plan, PoissonPlanConfig))
         self.device = torch.device(self.runtime.device)
         if isinstance(source, PermutationsSource):
             source.level = self.position.level
+        dtype = torch.bfloat16 if self.runtime.precision == "bf16" else torch.float32
         # a machine that multiplies faster in fp32 does so in the optimizer too
-        muon_dtype = torch.bfloat16 if self.runtime.precision == "bf16" else torch.float32
-        self.optimizers: list[Optimizer] = make_optimizers(model, config.optimizer, muon_dtype=muon_dtype)
+        self.optimizers: list[Optimizer] = make_optimizers(model, config.optimizer, muon_dtype=dtype)
         if is_resumed:
             load_checkpoint(folder, model=model, optimizers=self.optimizers)
         self.average = None if config.ema is None else MovingAverage(model, decay=config.ema)
         if self.average is not None and is_resumed:
-            self.average.restore(read_average(folder, model=model))
+            load_average(folder, into=self.average.tensors)
         self.flops = FlopsPerToken(model.config)
-        self.loss: _Loss | DistributedDataParallel = _Loss(self)
-        if dist.n_ranks() > 1:
+        self.matmul_rate = dist.summed([matmul_rate(self.device, dtype)], device=self.device)[0]
+        if dist.n_ranks() > 1 and self.sharded is None:
             # plans differ between ranks, and with them what is used of the parts that belong to one loop
             self.loss = DistributedDataParallel(self.loss, forward_sync_buffers=False, find_unused_parameters=True)
 
@@ -243,7 +255,7 @@ class _Fit:
         first = position.step * config.accumulate + dist.rank()
         loader = Loader(self.source, start=first, n_workers=config.n_workers, step=dist.n_ranks())
         batches = iter(loader)
-        sinks = make_sinks(self.folder, from_step=position.step) if dist.is_main() else []
+        sinks = make_sinks(self.folder, from_step=position.step, wandb=config.wandb) if dist.is_main() else []
         last_saved, last_logged = time.perf_counter(), time.perf_counter()
         tokens_logged, flops_logged = position.tokens, position.flops
         record: Record = {"loss": float("nan")}
@@ -265,6 +277,7 @@ class _Fit:
                         record["waiting_share"] = position.seconds_waited / position.seconds
                         record["progress"] = min(config.progress(position), 1.0)
                         record["tflops"] = (position.flops - flops_logged) / (now - last_logged) / 1e12
+                        record["mfu"] = record["tflops"] * 1e12 / self.matmul_rate
                         record["memory_gb"] = memory_gb(self.device)
                         last_logged, tokens_logged, flops_logged = now, position.tokens, position.flops
                         self._report(record, sinks)
@@ -286,7 +299,7 @@ class _Fit:
         config, position = self.config, self.position
         scale = config.schedule.scale(config.progress(position))
         loss = torch.zeros((), device=self.device)
-        n_loops, n_tokens_seen, flops = 0.0, 0.0, 0.0
+        n_loops, n_tokens_seen, flops, deepest = 0.0, 0.0, 0.0, 0
         loads: list[tuple[int, torch.Tensor]] = []
         numbers = range(dist.rank(), config.accumulate, dist.n_ranks())
         for number, batch in zip(numbers, islice(batches, len(numbers)), strict=True):
@@ -298,7 +311,8 @@ class _Fit:
             plan = at_level.sample(rng, n_tokens=n_tokens, n_rows=n_rows)
             plan = replace(plan, recompute=config.recompute)
             seed = int(rng.integers(1 << 62)) if config.state_loss is not None else 0
-            with self._synchronised(is_last=number == numbers[-1]):
+            deepest = max(deepest, plan.n_loops)
+            with self._synchronised(is_last=number == numbers[-1], deepest=deepest):
                 with self.runtime.autocast():
                     part = self.loss(batch, plan, seed=seed, loads=loads)
                 (part / len(numbers)).backward()
@@ -339,12 +353,18 @@ class _Fit:
         }
         if position.level:
             record["level"] = position.level
+        if isinstance(self.source, PreparedSource) and len(self.source.phases) > 1:
+            record["phase"] = 1 + self.source.phase(position.step * config.accumulate - 1)[0]
         if loads:
             record["max_load"] = float(torch.stack([load.max() / load.float().mean() for _, load in loads]).max())
         return record
 
-    def _synchronised(self, *, is_last: bool) -> AbstractContextManager[None]:
+    def _synchronised(self, *, is_last: bool, deepest: int) -> AbstractContextManager[None]:
         """Gradients are averaged over the ranks in the backward pass of a step's last micro-batch alone."""
+        if self.sharded is not None:
+            self.sharded.set_requires_gradient_sync(is_last)
+            if is_last:  # what no rank has used keeps no gradient; what some have is averaged by all
+                self.sharded.set_reduce_scatter_unused_params(self._any(deepest > 1))
         if isinstance(self.loss, DistributedDataParallel) and not is_last:
             return self.loss.no_sync()
         return nullcontext()
@@ -394,10 +414,13 @@ class _Fit:
     def _probe(self) -> Record:
         """What the loops do, where it is time to ask; what is worrying about it is said once."""
         every, n_loops = self.config.probe_every, self.model.config.n_loops
-        if every is None or self.position.step % every or not dist.is_main():
+        if every is None or self.position.step % every:
+            return {}
+        model = self._whole_model()
+        if model is None:
             return {}
         with self.runtime.autocast():
-            found = probe_loops(self.model, self.last_batch, n_loops=n_loops)
+            found = probe_loops(model, self.last_batch, n_loops=n_loops)
         for kind, sentence in worries(found, n_loops=n_loops):
             if kind not in self.said:
                 logger.warning("step %d: %s", self.position.step, sentence)
@@ -408,24 +431,38 @@ class _Fit:
     def _validate(self) -> Record:
         """What held-out data says, where it is time to ask."""
         every, step = self.config.validate_every, self.position.step
-        if (
-            self.validate is None
-            or every is None
-            or not dist.is_main()
-            or (step % every and self.config.progress(self.position) < 1)
-        ):
+        if self.validate is None or every is None or (step % every and self.config.progress(self.position) < 1):
+            return {}
+        model = self._whole_model()
+        if model is None:
             return {}
         with self.runtime.autocast():
-            return self.validate(self.model, step)
+            return self.validate(model, step)
+
+    def _whole_model(self) -> LoopedLM | None:
+        """The model for rank 0 to look at, put together anew where it is shared out; None on the other ranks."""
+        if self.sharded is None:
+            return self.model if dist.is_main() else None
+        whole = {name: dist.gathered(dist.local(t), like=t) for name, t in own_tensors(self.model).items()}
+        if not dist.is_main():
+            return None
+        model = LoopedLM.on(self.device, self.model.config, draw=False)
+        for name, tensor in own_tensors(model).items():
+            tensor.copy_(whole[name])
+        return model
 
     def _report(self, record: Record, sinks: list[Sink]) -> None:
         """Write a record everywhere. If it cannot be written, what was learned so far still is."""
+        failed: TrainingError | None = None
         try:
             for sink in sinks:
                 sink.write(record)
-        except TrainingError:
-            self._write()  # of this rank alone: the others are on their way to the next step
-            raise
+        except TrainingError as error:
+            failed = error
+        said = dist.from_main(None if failed is None else str(failed))
+        if said is not None:
+            self._save()
+            raise failed or TrainingError(said)
         for observer in self.observers if dist.is_main() else ():
             observer(record)
 
@@ -476,13 +513,7 @@ class _Fit:
         return seconds_since >= 60 * self.config.checkpoint_minutes
 
     def _save(self) -> Path:
-        if dist.is_main():
-            self._write()
-        dist.wait()
-        return checkpoints(self.folder)[-1]
-
-    def _write(self) -> None:
-        save_checkpoint(
+        return save_checkpoint(
             self.folder,
             step=self.position.step,
             model=self.model,
@@ -494,6 +525,7 @@ class _Fit:
             },
             keep=self.config.keep,
             average=None if self.average is None else self.average.tensors,
+            is_sharded=self.sharded is not None,
         )
 
     def _non_finite(self, loss: float, norm: float) -> str:
@@ -503,34 +535,6 @@ class _Fit:
             f"step {self.position.step + 1}: loss is {loss}, gradient norm {norm}; stopped before the optimizer moved, "
             f"{back}. Lower train.optimizer.muon_lr and adamw_lr, or train.grad_clip."
         )
-
-
-class FlopsPerToken:
-    """Training FLOPs of a token by the number of loops, as `looplm count` counts them at the rows' length."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-        self._by_length: dict[int, tuple[int, int]] = {}
-
-    def __call__(self, n_loops: float, *, n_tokens: int) -> float:
-        if n_tokens not in self._by_length:
-            config = self.config.model_copy(update={"seq_len": n_tokens})
-            one, two = (count(config, n_loops=n).training_flops_per_token for n in (1, 2))
-            self._by_length[n_tokens] = one, two - one
-        first, each = self._by_length[n_tokens]
-        return first + (n_loops - 1) * each
-
-
-def memory_gb(device: torch.device) -> float:
-    """Most memory taken so far: of the GPU, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if sys.platform == "win32":
-        return float("nan")
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 class _Loss(nn.Module):

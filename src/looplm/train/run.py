@@ -79,6 +79,11 @@ class RunConfig(Config):
                 raise ValueError("data.gate decides the next batch after this one's step: set train.n_workers to 0")
             if isinstance(self.train.plan, CurriculumPlanConfig):
                 raise ValueError("data.gate and plan kind curriculum are both gated on accuracy: take one of them")
+        is_gated = isinstance(self.train.plan, CurriculumPlanConfig) or (
+            isinstance(data, PermutationsConfig) and data.gate is not None
+        )
+        if self.train.shard and is_gated:
+            raise ValueError("what is gated on accuracy asks the whole model between steps: set train.shard to false")
         if longest > model.seq_len:
             raise ValueError(f"sequences of {longest} tokens do not fit the model's seq_len {model.seq_len}: raise it")
         return self
@@ -100,6 +105,8 @@ CHANGEABLE = tuple(
         "validate_every",
         "n_workers",
         "recompute",
+        "shard",
+        "wandb",
     )
 )
 

@@ -38,7 +38,19 @@ def test_help_imports_no_torch() -> None:
     code = "import sys, looplm.cli.main; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     out = succeeds("--help")
-    for verb in ("train", "eval", "calibrate", "chat", "generate", "count", "config", "demo", "data", "tokenizer"):
+    for verb in (
+        "train",
+        "eval",
+        "calibrate",
+        "chat",
+        "generate",
+        "count",
+        "config",
+        "plan",
+        "demo",
+        "data",
+        "tokenizer",
+    ):
         assert verb in out
         assert succeeds(verb, "--help")
 

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import typer
 
-from looplm.cli import compare, convert, data, evaluate, inspect, talk, tokenizer, train, watch
+from looplm.cli import compare, convert, data, evaluate, inspect, plan, talk, tokenizer, train, watch
 from looplm.errors import LooplmError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("chat")(talk.chat)
 app.command("generate")(talk.generate)
 app.command("count")(inspect.count)
 app.command("config")(inspect.config)
+app.command("plan")(plan.plan)
 app.command("import")(convert.import_)
 app.command("export")(convert.export)
 app.command("average")(convert.average)

@@ -20,15 +20,20 @@ WORTH_COPYING = 64  # rows per group at which copying the matrices of a part of 
 
 def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Rows of x (N, d_in) up to ends[e] times weight[e] (E, d_in, d_out): (N, d_out)."""
-    kind = x.device.type
-    if kind != "cpu":
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return F.grouped_mm(x.to(dtype), weight.to(dtype), offs=ends)
+    if x.device.type != "cpu":
+        return grouped_on_gpu(x, weight, ends)
     x = x.to(weight.dtype)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         product: Tensor = grouped_on_cpu(x, weight, ends)
         return product
     return _product(x, weight, ends)
+
+
+def grouped_on_gpu(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`grouped` in autocast's type, by torch's own product."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return F.grouped_mm(x.to(dtype), weight.to(dtype), offs=ends)
 
 
 @torch.library.custom_op("looplm::grouped_on_cpu", mutates_args=())

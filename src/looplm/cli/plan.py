@@ -1,0 +1,108 @@
+"""`looplm plan`: what a run would need, before anything is bought."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from looplm.train.needs import Needs
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A run preset (see `looplm config`) or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes such as data.row_len=2048.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Another model preset or YAML file.", show_default=False)] = None,
+    gpu: Annotated[str, typer.Option(help="h100, h200, b200, a100-80, a100-40, l40s, l4 or rtx-4090.")] = "h100",
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs.")] = "1,2,4,8,16,32,64",
+    tokens: Annotated[
+        float | None,
+        typer.Option(help="Tokens, as 20e9.", show_default="the config's tokens, steps or flops, else 20 a parameter"),
+    ] = None,
+    mfu: Annotated[float, typer.Option(help="Share of the GPU's peak that training reaches.")] = 0.4,
+    price: Annotated[
+        float | None, typer.Option(help="Dollars per GPU and hour.", show_default="an assumption for each GPU")
+    ] = None,
+    json_out: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Parameters, FLOPs, memory per GPU, hours and dollars of a run. Reads no data and takes no GPU."""
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from looplm.cli.arguments import numbers
+    from looplm.train.needs import USABLE, find_gpu, needs
+    from looplm.train.run import resolve_run
+
+    kind = find_gpu(gpu)
+    counts = numbers(gpus, option="--gpus")
+    config = resolve_run(recipe, overrides=overrides or [], model=model)
+    found = needs(config, gpu=kind, n_gpus=counts, tokens=tokens, mfu=mfu, price=price)
+    if json_out:
+        typer.echo(json.dumps(asdict(found)))
+        return
+    loops, batch = found.loops, found.batch
+    active = f", {found.active:,} active" if found.active < found.parameters else ""
+    gradient = "" if loops.mean == loops.mean_with_gradient else f", {loops.mean_with_gradient:.2f} with gradient"
+    again = ", computed again in the backward pass" if config.train.recompute else ""
+    typer.echo(f"parameters   {found.parameters:,}{active}")
+    typer.echo(f"loops        {loops.mean:.2f} on average{gradient}{again}; memory for {loops.most_with_gradient}")
+    typer.echo(f"tokens       {found.tokens:.3g} ({found.tokens_from})")
+    typer.echo(f"FLOPs        {found.flops_per_token:.3g} a token, {found.flops:.3g} in all")
+    typer.echo(
+        f"micro-batch  {batch.n_rows} rows of {batch.row_len} tokens; {found.accumulate} a step, shared by the GPUs"
+    )
+    console = Console()
+    console.print(_memory(found))
+    typer.echo(f"GB per GPU; fits: {USABLE:.0%} of the {kind.memory_gb:g} GB of {gpu} hold it.\n")
+    console.print(_cost(found))
+    dollars = kind.price if price is None else price
+    typer.echo(
+        f"At {mfu:.0%} of {kind.tflops:g} TFLOP/s and {dollars:g} dollars per GPU and hour"
+        f"{' (assumed)' if price is None else ''}; time between GPUs is not counted."
+    )
+    few = [n for n in counts if found.accumulate % n]
+    if few:
+        numbers_of = ", ".join(map(str, few))
+        typer.echo(
+            f"{numbers_of} GPUs need train.accumulate to be a multiple of their number: it is {found.accumulate}."
+        )
+
+
+def _memory(found: "Needs") -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, padding=0, pad_edge=False)
+    for name in "GPUs weights gradients optimizer gathered activations loss sum fits".split():
+        table.add_column(name, justify="left" if name in ("GPUs", "fits") else "right")
+    for on in found.on:
+        ways = (
+            (("", on.ddp, on.ddp_fits),)
+            if on.n_gpus == 1
+            else (
+                (" DDP", on.ddp, on.ddp_fits),
+                (" FSDP", on.fsdp, on.fsdp_fits),
+            )
+        )
+        for way, each, fits in ways:
+            parts = (each.weights, each.gradients, each.optimizer, each.gathered, each.activations, each.loss)
+            sizes = [f"{n_bytes / 1e9:,.1f}" for n_bytes in (*parts, each.total)]
+            table.add_row(f"{on.n_gpus}{way}", *sizes, "yes" if fits else "no")
+    return table
+
+
+def _cost(found: "Needs") -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name in "GPUs hours dollars".split():
+        table.add_column(name, justify="right")
+    for on in found.on:
+        table.add_row(str(on.n_gpus), *(f"{each:,.{1 if each >= 1 else 3}f}" for each in (on.hours, on.dollars)))
+    return table

@@ -1,0 +1,56 @@
+"""`looplm plan` as a user meets it."""
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from looplm.cli.main import app
+from looplm.errors import ConfigError
+
+SMALL = ("plan", "pretrain", "data.row_len=64", "--gpus", "1,4", "--tokens", "1e9")
+
+
+def plan(*words: str) -> str:
+    done = CliRunner().invoke(app, [*SMALL, *words])
+    if done.exception is not None:
+        raise done.exception
+    return done.stdout
+
+
+def test_plan_prints_what_json_holds() -> None:
+    out, found = plan("--price", "2"), json.loads(plan("--price", "2", "--json"))
+    assert f"{found['parameters']:,}" in out
+    assert "1e+09 (as given)" in out
+    assert f"{found['flops']:.3g} in all" in out
+    assert [on["n_gpus"] for on in found["on"]] == [1, 4]
+    four = found["on"][1]
+    row = next(line for line in out.splitlines() if line.strip().startswith("4 FSDP"))
+    names = "weights gradients optimizer gathered activations loss".split()
+    sizes = [four["fsdp"][name] for name in names]
+    assert re.findall(r"\d+\.\d", row) == [f"{size / 1e9:.1f}" for size in (*sizes, sum(sizes))]
+    assert row.endswith("yes ")
+    assert "2 dollars per GPU and hour;" in out
+    assert "4 GPUs need train.accumulate to be a multiple" in out
+
+
+def test_assumed_prices_are_said_to_be() -> None:
+    out = plan("--gpu", "l4", "--mfu", "0.3", "train.accumulate=4")
+    assert "At 30% of 121 TFLOP/s and 0.8 dollars per GPU and hour (assumed)" in out
+    assert "accumulate to be" not in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--gpu", "h10"), "no GPU named 'h10'; did you mean 'h100'"),
+        (("--gpus", "1;2"), "--gpus '1;2' is not a list of whole numbers"),
+        (("--gpus", "0"), "--gpus 0 is too small"),
+        (("--mfu", "40"), "--mfu 40 is no share"),
+        (("--model", "mythos-10"), "no model preset named 'mythos-10'"),
+    ],
+)
+def test_mistakes_end_in_a_line_that_says_what_to_do(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        plan(*words)

@@ -29,8 +29,8 @@ def test_plan_prints_what_json_holds() -> None:
     row = next(line for line in out.splitlines() if line.strip().startswith("4 FSDP"))
     names = "weights gradients optimizer gathered activations loss".split()
     sizes = [four["fsdp"][name] for name in names]
-    assert re.findall(r"\d+\.\d", row) == [f"{size / 1e9:.1f}" for size in (*sizes, sum(sizes))]
-    assert row.endswith("yes ")
+    assert re.findall(r"\d+\.\d+", row) == [f"{size / 1e9:.2f}" for size in (*sizes, sum(sizes))]
+    assert row.strip().endswith("yes")
     assert "2 dollars per GPU and hour;" in out
     assert "4 GPUs need train.accumulate to be a multiple" in out
 

@@ -91,7 +91,7 @@ def _memory(found: "Needs") -> "Table":
         )
         for way, each, fits in ways:
             parts = (each.weights, each.gradients, each.optimizer, each.gathered, each.activations, each.loss)
-            sizes = [f"{n_bytes / 1e9:,.1f}" for n_bytes in (*parts, each.total)]
+            sizes = [f"{n_bytes / 1e9:,.{1 if n_bytes >= 1e10 else 2}f}" for n_bytes in (*parts, each.total)]
             table.add_row(f"{on.n_gpus}{way}", *sizes, "yes" if fits else "no")
     return table
 
@@ -100,7 +100,7 @@ def _cost(found: "Needs") -> "Table":
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE, padding=0, pad_edge=False)
     for name in "GPUs hours dollars".split():
         table.add_column(name, justify="right")
     for on in found.on:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tokenizer and the eight datasets of `looplm train pretrain-osrt-v4`, streamed from the Hugging Face hub: hundreds of
-# gigabytes and days in full. Stopped, it goes on.
+# gigabytes and days in full. Stopped, it goes on. With the word `tokenizer` or `data` it does that part alone.
 set -euo pipefail
 TOKENIZER=${TOKENIZER:-prepared/tokenizer}
 
@@ -16,10 +16,12 @@ declare -A SOURCES=(
 )
 
 mkdir -p prepared
-if [ ! -e "$TOKENIZER/tokenizer.json" ]; then
+if [ "${1:-tokenizer}" = tokenizer ] && [ ! -e "$TOKENIZER/tokenizer.json" ]; then
   looplm tokenizer train --vocab 65536 --out "$TOKENIZER" \
     "${SOURCES[fineweb-edu]}" "${SOURCES[codeparrot]}" "${SOURCES[wikipedia]}"
 fi
-for name in "${!SOURCES[@]}"; do
-  looplm data prepare "${SOURCES[$name]}" --tokenizer "$TOKENIZER" --out "prepared/$name"
-done
+if [ "${1:-data}" = data ]; then
+  for name in "${!SOURCES[@]}"; do
+    looplm data prepare "${SOURCES[$name]}" --tokenizer "$TOKENIZER" --out "prepared/$name"
+  done
+fi

@@ -104,5 +104,9 @@ def _cost(found: "Needs") -> "Table":
     for name in "GPUs hours dollars".split():
         table.add_column(name, justify="right")
     for on in found.on:
-        table.add_row(str(on.n_gpus), *(f"{each:,.{1 if each >= 1 else 3}f}" for each in (on.hours, on.dollars)))
+        table.add_row(str(on.n_gpus), *map(_rounded, (on.hours, on.dollars)))
     return table
+
+
+def _rounded(number: float) -> str:
+    return f"{number:,.{0 if number >= 100 else 1 if number >= 1 else 3}f}"

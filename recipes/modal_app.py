@@ -3,8 +3,8 @@
     pip install modal==1.6.4 && modal setup
     modal run --detach recipes/modal_app.py --stage pretrain --gpu H100:8
 
-Stages: tokenizer, pretrain, eval; `python recipes/modal_stages.py STAGE` prints what they run. Data and runs are kept
-in a volume: `modal volume get looplm runs/pretrain-osrt-v4` brings the run here. Text is prepared without a GPU, and the
+Stages: tokenizer, pretrain, eval; `python recipes/modal_stages.py STAGE` prints what they run. Data and runs are in a
+volume: `modal volume get looplm runs/pretrain-osrt-v4` brings the run here. Text is prepared without a GPU, and the
 machine that started it has to stay connected until training begins. A function lives for a day at most: half an hour
 before, a checkpoint is written, and it is started again.
 """

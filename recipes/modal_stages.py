@@ -51,7 +51,9 @@ def stage(name: str, *, n_gpus: int = 1) -> Stage:
         "looplm",
         "train",
     ]
-    recipe = ["pretrain-osrt-v4", f"train.accumulate={-(-8 // n_gpus) * n_gpus}", "--out", RUN]
+    # recomputed: without, it takes more than 80 GB (looplm plan pretrain-osrt-v4)
+    options = [f"train.accumulate={-(-8 // n_gpus) * n_gpus}", "train.recompute=true"]
+    recipe = ["pretrain-osrt-v4", *options, "--out", RUN]
     return Stage([[*data, "tokenizer"], [*data, "data"]], [[*train, *recipe]], [[*train, "--resume", RUN]])
 
 

@@ -1,7 +1,9 @@
-"""`looplm plan` as a user meets it."""
+"""`looplm plan` as a user meets it, and the tables of docs/scale.md. Run as a script, it writes them anew."""
 
 import json
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -12,11 +14,25 @@ from looplm.errors import ConfigError
 SMALL = ("plan", "pretrain", "data.row_len=64", "--gpus", "1,4", "--tokens", "1e9")
 
 
-def plan(*words: str) -> str:
-    done = CliRunner().invoke(app, [*SMALL, *words])
+PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
+TABLE = re.compile(r"^```text\n\$ looplm (plan .*)\n((?:.*\n)*?)```$", re.MULTILINE)
+
+
+def looplm(*words: str) -> str:
+    done = CliRunner().invoke(app, words, env={"COLUMNS": "80"})
     if done.exception is not None:
         raise done.exception
     return done.stdout
+
+
+def plan(*words: str) -> str:
+    return looplm(*SMALL, *words)
+
+
+def printed(command: str) -> str:
+    """What a command prints, without empty lines and what stands at the end of lines."""
+    lines = (line.rstrip() for line in looplm(*shlex.split(command)).splitlines())
+    return "".join(f"{line}\n" for line in lines if line)
 
 
 def test_plan_prints_what_json_holds() -> None:
@@ -54,3 +70,18 @@ def test_assumed_prices_are_said_to_be() -> None:
 def test_mistakes_end_in_a_line_that_says_what_to_do(words: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         plan(*words)
+
+
+@pytest.mark.parametrize("command", [found[1] for found in TABLE.finditer(PAGE.read_text(encoding="utf-8"))])
+def test_the_page_shows_what_the_command_prints(command: str) -> None:
+    (table,) = (found[2] for found in TABLE.finditer(PAGE.read_text(encoding="utf-8")) if found[1] == command)
+    assert printed(command) == table
+
+
+def test_the_page_has_its_tables() -> None:
+    assert len(TABLE.findall(PAGE.read_text(encoding="utf-8"))) == 5
+
+
+if __name__ == "__main__":
+    text = TABLE.sub(lambda found: f"```text\n$ looplm {found[1]}\n{printed(found[1])}```", PAGE.read_text("utf-8"))
+    PAGE.write_text(text, encoding="utf-8")

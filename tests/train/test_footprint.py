@@ -157,10 +157,11 @@ def test_normuon_keeps_a_row_more_and_an_average_a_copy() -> None:
 
 def test_how_parts_are_shared() -> None:
     parts = Parts(weights=80, optimizer=160, gathered=30, activations=500, loss=7)
-    assert parts.replicated(1) == parts.sharded(1) == Footprint(80, 80, 160, 0, 500, 7)
+    assert parts.replicated(1) == parts.sharded(1, accumulates=True) == Footprint(80, 80, 160, 0, 500, 7)
     assert parts.replicated(8) == Footprint(80, 160, 160, 0, 500, 7)
-    assert parts.sharded(8) == Footprint(10, 10, 20, 60, 500, 7)
-    assert parts.sharded(8).total == 607
+    assert parts.sharded(8, accumulates=False) == Footprint(10, 10, 20, 60, 500, 7)
+    assert parts.sharded(8, accumulates=True) == Footprint(10, 10, 20, 110, 500, 7)
+    assert parts.sharded(8, accumulates=True).total == 657
 
 
 def test_halting_gates_and_states_in_the_loss_can_be_counted() -> None:

@@ -6,8 +6,7 @@ import pytest
 
 from looplm.config import PRESETS, load_yaml, preset_names
 from looplm.errors import ConfigError
-from looplm.model.count import count
-from looplm.train.fit import FlopsPerToken
+from looplm.model.count import FlopsPerToken, count
 from looplm.train.needs import GPUConfig, Needs, find_gpu, needs, plan_loops
 from looplm.train.run import RunConfig, resolve_run
 

@@ -68,12 +68,14 @@ class Parts:
         gradients = self.weights if n_gpus == 1 else 2 * self.weights
         return Footprint(self.weights, gradients, self.optimizer, 0, self.activations, self.loss)
 
-    def sharded(self, n_gpus: int) -> Footprint:
-        """Weights, gradients and optimizer state shared by `n_gpus` (FSDP); one shares them with nobody."""
+    def sharded(self, n_gpus: int, *, accumulates: bool) -> Footprint:
+        """Weights, gradients and optimizer state shared by `n_gpus` (FSDP); one shares them with nobody. Where it
+        accumulates over several micro-batches, a rank keeps whole gradients of everything until the last."""
         if n_gpus == 1:
             return self.replicated(1)
         weights, optimizer = -(-self.weights // n_gpus), -(-self.optimizer // n_gpus)
-        return Footprint(weights, weights, optimizer, 2 * self.gathered, self.activations, self.loss)
+        gathered = self.gathered + (self.weights if accumulates else self.gathered)
+        return Footprint(weights, weights, optimizer, gathered, self.activations, self.loss)
 
 
 @dataclass(frozen=True)

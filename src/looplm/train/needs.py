@@ -13,7 +13,7 @@ from looplm.config import PRESETS, Config, did_you_mean, load_yaml, parse
 from looplm.data.prepared import PreparedConfig
 from looplm.data.sources import DataConfig, PermutationsConfig, ReasoningConfig, row_length
 from looplm.errors import ConfigError
-from looplm.model.count import count
+from looplm.model.count import FlopsPerToken, count
 from looplm.model.loop.plan import (
     ChoicePlanConfig,
     CurriculumPlanConfig,
@@ -22,7 +22,6 @@ from looplm.model.loop.plan import (
     PlanConfig,
     UniformPlanConfig,
 )
-from looplm.train.fit import FlopsPerToken
 from looplm.train.footprint import Footprint, Shape, measure
 from looplm.train.run import RunConfig
 
@@ -129,7 +128,7 @@ def needs(
     on = []
     for n in n_gpus:
         hours = flops / (n * gpu.tflops * 1e12 * mfu) / 3600
-        ddp, fsdp = parts.replicated(n), parts.sharded(n)
+        ddp, fsdp = parts.replicated(n), parts.sharded(n, accumulates=config.train.accumulate > n)
         ddp_fits, fsdp_fits = (each.total <= USABLE * gpu.memory_gb * 1e9 for each in (ddp, fsdp))
         on.append(OnGPUs(n, ddp, ddp_fits, fsdp, fsdp_fits, hours, hours * n * price))
     return Needs(

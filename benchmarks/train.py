@@ -6,7 +6,8 @@ python benchmarks/train.py [--sizes 1m 10m 100m] [--device auto] [--threads 2] [
 A step is what `looplm train` does: forward, loss, backward, Muon and AdamW, bf16 autocast, compiled blocks; random
 tokens, all layers and loops with gradient. FLOPs are counted as `looplm count` counts them, and the machine's rate is
 that of a bf16 product of 1,024 cubed (8,192 on a GPU) timed between the rounds. Compiling comes before and is not
-counted. On a GPU the size nanochat-d12 is there too, with its MFU: the share of the rate that its data sheet names.
+counted. On a GPU the size nanochat-d12 is there too; --gpu h100 names its data sheet (those that `looplm plan` knows),
+and each line ends in the MFU, the share of the rate that stands there.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from looplm.model.looped import LoopedLM, ModelConfig
 from looplm.optim.groups import OptimizerConfig, make_optimizers
 from looplm.telemetry.meter import matmul_rate
 from looplm.train.losses import next_token_loss
+from looplm.train.needs import find_gpu
 
 PLAIN = {"n_prelude": 0, "n_coda": 0, "n_core": 4, "n_loops": 1, "inject": {"kind": "none"}}
 # size: model preset, what makes it plain, rows and tokens of a step on a CPU and on a GPU
@@ -87,11 +89,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=CASES, help="default: 1m 10m 100m, on a GPU nanochat-d12 too")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--gpu", help="as `looplm plan` knows it, for the MFU")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20.0, help="of steps for each model")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, and torch sees no GPU")
+    peak = find_gpu(given.gpu).tflops * 1e12 if given.gpu else None
     has_gpu = torch.cuda.is_available() and given.device != "cpu"
     device = "cuda" if has_gpu else "cpu"
     hardware = torch.cuda.get_device_name() if has_gpu else f"{given.threads} CPU threads"
@@ -108,7 +114,8 @@ def main() -> None:
             print(
                 f"{size}, {form}: {found['parameters']:,} parameters, {found['n_loops']} loops, "
                 f"{found['tokens_per_second']:,.0f} tokens/s, {found['flops_per_second'] / 1e12:.3f} TFLOP/s, "
-                f"{found['share_of_matmul_rate']:.0%} of the machine's {found['matmul_rate'] / 1e12:.2f}",
+                f"{found['share_of_matmul_rate']:.0%} of the machine's {found['matmul_rate'] / 1e12:.2f}"
+                + ("" if peak is None else f", MFU {found['flops_per_second'] / peak:.0%}"),
                 flush=True,
             )
     if given.json:

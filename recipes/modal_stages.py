@@ -51,9 +51,7 @@ def stage(name: str, *, n_gpus: int = 1) -> Stage:
         "looplm",
         "train",
     ]
-    # recomputed: without, it takes more than 80 GB (looplm plan pretrain-osrt-v4)
-    options = [f"train.accumulate={-(-8 // n_gpus) * n_gpus}", "train.recompute=true"]
-    recipe = ["pretrain-osrt-v4", *options, "--out", RUN]
+    recipe = ["pretrain-osrt-v4", f"train.accumulate={-(-8 // n_gpus) * n_gpus}", "--out", RUN]
     return Stage([[*data, "tokenizer"], [*data, "data"]], [[*train, *recipe]], [[*train, "--resume", RUN]])
 
 

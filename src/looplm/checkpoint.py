@@ -35,6 +35,7 @@ from looplm.config import load_yaml, parse
 from looplm.errors import CheckpointError, TrainingError
 from looplm.files import write_whole
 from looplm.model.looped import LoopedLM, ModelConfig
+from looplm.optim.muon import SECOND_MOMENTUM
 
 MODEL, AVERAGE, TRAINING, STATE, MARKER, CONFIG = (
     "model.safetensors",
@@ -204,13 +205,20 @@ def _reader(path: Path) -> dcp.HuggingFaceStorageReader:
     return dcp.HuggingFaceStorageReader(str(_shards(path)))  # safetensors: the usual one reads a pickle
 
 
+def _reason(error: BaseException) -> str:
+    """What went wrong; of several ranks each once, without their tracebacks."""
+    if not isinstance(error, CheckpointException):
+        return str(error)
+    return "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))
+
+
 @contextmanager
 def _naming_shards(path: Path) -> Iterator[None]:
     try:
         yield
     except (CheckpointException, SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{_shards(path)} is cut short or not safetensors ({error}); restore or retrain it"
+            f"{_shards(path)} is cut short or not safetensors ({_reason(error)}); restore or retrain it"
         ) from None
 
 
@@ -284,7 +292,7 @@ def save_checkpoint(
         left = checkpoints(folder)
         kept = f"the last one, {left[-1]}, is intact" if left else "there is no earlier one"
         raise TrainingError(
-            f"checkpoint {final} could not be written ({error}); {kept}. Free space and resume."
+            f"checkpoint {final} could not be written ({_reason(error)}); {kept}. Free space and resume."
         ) from None
     return final
 
@@ -340,8 +348,12 @@ def _restore_training(optimizers: list[Optimizer], path: Path) -> None:
         if int(number) >= len(optimizers) or int(index) >= len(parameters[int(number)]):
             raise CheckpointError(f"{path} was written by other optimizers than the config names")
         parameter = parameters[int(number)][int(index)]
-        # what is shaped as its parameter is shared out as that is
-        is_like = tensor.shape == parameter.shape
+        if any(size not in (1, own) for size, own in zip(tensor.shape, parameter.shape, strict=False)):
+            raise CheckpointError(
+                f"{path} does not fit the model: {key} is {tuple(tensor.shape)}; restore or retrain it"
+            )
+        # what is shaped as its parameter is shared out as that is, but for what is whole on every rank
+        is_like = tensor.shape == parameter.shape and name != SECOND_MOMENTUM
         target = torch.zeros_like(parameter, dtype=tensor.dtype) if is_like else torch.zeros_like(tensor, device="cpu")
         targets[key] = states[int(number)].setdefault(int(index), {})[name] = target
     read_into(targets, path)

@@ -72,7 +72,7 @@ def wait() -> None:
 
 
 def on_main(action: Callable[[], object]) -> None:
-    """Do it on rank 0 while the others wait; where it fails with an OSError, all fail."""
+    """Do it on rank 0 while the others wait; where it fails, all fail, the others with an OSError that says why."""
     failed: Exception | None = None
     if is_main():
         try:
@@ -109,7 +109,11 @@ def summed(values: list[float], *, device: torch.device) -> list[float]:
 def shard(module: nn.Module, *, layers: Iterable[nn.Module], device: str) -> FSDPModule:
     """Share the parameters of `module` out to all ranks (FSDP2), and with them gradients and optimizer state. Each of
     `layers` is gathered when it runs; all else, with it the core, once at the beginning of `module`'s forward, to stay
-    until its backward is done, however many loops there are."""
+    until its backward is done, however many loops there are.
+
+    Raises:
+        ValueError: a parameter is 0-d.
+    """
     mesh = init_device_mesh(device, (n_ranks(),))
     for layer in layers:
         fully_shard(layer, mesh=mesh)

@@ -198,7 +198,10 @@ def test_text_is_prepared_looked_at_trained_on_and_gone_on_with(tmp_path: Path) 
     assert succeeds("generate", run, "--prompt", "The cat", "--max-new-tokens", "3").startswith("The cat")
     shard = tmp_path / "prepared" / "train-00000.bin"
     shard.write_bytes(bytes(len(shard.read_bytes())))
-    assert "WRONG" in succeeds("data", "prepare", "--inspect", "--out", out)
+    looked_again = looplm("data", "prepare", "--inspect", "--out", out)
+    assert looked_again.returncode == 1
+    assert "WRONG" in looked_again.stdout
+    assert "error: train-00000.bin" in looked_again.stderr
 
 
 def test_a_run_is_watched_and_reported(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from looplm.model.grouped import combine, dispatch, grouped
+from looplm.model.grouped import combine, dispatch, grouped, grouped_on_gpu
 
 SPREADS = {
     "even": [16] * 8,
@@ -35,6 +35,31 @@ def test_products_and_gradients_are_those_of_a_loop(loads: list[int]) -> None:
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(grouped(x, weight, ends), expected)
+
+
+@pytest.mark.parametrize("loads", [[16] * 4, [0, 24, 8, 0]], ids=["even", "some empty"])
+def test_a_gpus_way_is_the_same_and_keeps_no_copy_of_the_weights(loads: list[int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(sum(loads), 16, generator=generator).requires_grad_()
+    weight = torch.randn(4, 16, 32, generator=generator).requires_grad_()
+    out_grad = torch.randn(sum(loads), 32, generator=generator)
+    ends = torch.tensor(loads).cumsum(0).int()
+    group = torch.arange(4).repeat_interleave(torch.tensor(loads))
+    expected = torch.einsum("nd,ndf->nf", x, weight[group])
+    kept: list[Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with hooks, torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = grouped_on_gpu(x, weight, ends)
+    assert ours.dtype == torch.bfloat16
+    assert [tuple(t.shape) for t in kept if t.dtype == torch.bfloat16] == [x.shape]
+    torch.testing.assert_close(ours.float(), expected, rtol=0.05, atol=0.1)
+    for one, two in zip(
+        torch.autograd.grad(ours, (x, weight), out_grad.bfloat16()),
+        torch.autograd.grad(expected, (x, weight), out_grad),
+        strict=True,
+    ):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, two, rtol=0.05, atol=0.2)
 
 
 def test_moving_rows_to_their_groups_and_back() -> None:

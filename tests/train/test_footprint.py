@@ -101,7 +101,7 @@ def test_recomputed_loops_keep_states_and_one_loop(name: str) -> None:
     assert counted(config, n_loops=6) < 0.5 * counted(run_config(*MODELS[name]), n_loops=6)
 
 
-def test_a_copy_of_the_experts_is_kept_for_every_loop_on_a_gpu() -> None:
+def test_no_copy_of_the_experts_is_kept_however_many_loops_there_are() -> None:
     few, many = (run_config(f"model.core_ffn={EXPERTS.replace('n_experts: 8', f'n_experts: {n}')}") for n in (8, 72))
     shape, n_numbers = Shape(1, 64), 64 * 3 * 128 * 64 * few.model.n_core
     more = [
@@ -109,7 +109,7 @@ def test_a_copy_of_the_experts_is_kept_for_every_loop_on_a_gpu() -> None:
         - measure(few.model, few.train, shape, n_loops=n).activations
         for n in (1, 3)
     ]
-    assert more[1] - more[0] == pytest.approx(2 * 2 * n_numbers, rel=0.15)  # two loops more, two bytes a number
+    assert more[1] - more[0] < 0.1 * 2 * 2 * n_numbers  # of two bytes a number for each of two loops
 
 
 def test_rows_are_alike_and_memory_grows_with_them() -> None:
@@ -157,8 +157,7 @@ def test_normuon_keeps_a_row_more_and_an_average_a_copy() -> None:
 
 def test_how_parts_are_shared() -> None:
     parts = Parts(weights=80, optimizer=160, gathered=30, activations=500, loss=7)
-    assert parts.replicated(1) == parts.sharded(1, accumulates=True) == Footprint(80, 80, 160, 0, 500, 7)
-    assert parts.replicated(8) == Footprint(80, 160, 160, 0, 500, 7)
+    assert parts.replicated() == parts.sharded(1, accumulates=True) == Footprint(80, 80, 160, 0, 500, 7)
     assert parts.sharded(8, accumulates=False) == Footprint(10, 10, 20, 60, 500, 7)
     assert parts.sharded(8, accumulates=True) == Footprint(10, 10, 20, 110, 500, 7)
     assert parts.sharded(8, accumulates=True).total == 657

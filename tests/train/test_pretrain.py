@@ -162,3 +162,41 @@ def test_phases_lengthen_rows_and_are_told(folder: Path, tmp_path: Path) -> None
     assert [record["phase"] for record in records] == [1, 1, 1, 1, 2, 2]
     tokens = [record["tokens"] for record in records]
     assert [after - before for before, after in pairwise([0, *tokens])] == [128, 128, 128, 128, 256, 256]
+
+
+def test_a_micro_batch_by_tokens_keeps_its_size_while_rows_grow(folder: Path, tmp_path: Path) -> None:
+    resolved = config(folder, "data.phases=[{n_batches: 3}, {row_len: 64}]", "data.n_tokens=128")
+    start_run(resolved, tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["tokens"] for record in records] == [128 * step for step in range(1, 7)]
+    assert [phase.n_rows for phase in resolved.data.in_full()] == [4, 2]  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match="n_tokens 40 holds no row of 64: raise it"):
+        config(folder, "data.phases=[{n_batches: 3}, {row_len: 64}]", "data.n_tokens=40")
+
+
+def test_rates_grow_with_the_root_of_a_larger_step_alone(folder: Path, tmp_path: Path) -> None:
+    changes = ["train.schedule={warmup: 0, decay: 0}", "train.optimizer.batch_tokens=64"]
+    phases = "data.phases=[{n_batches: 2, n_rows: 1}, {n_batches: 2}, {row_len: 64, n_rows: 4}]"
+    start_run(config(folder, phases, *changes), tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["lr_scale"] for record in records] == [1, 1, 1, 1, 2, 2]
+
+
+def test_averaged_weights_are_what_is_scored(folder: Path, tmp_path: Path) -> None:
+    resolved = config(folder, "train.ema=0.9")
+    start_run(resolved, tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    loaded, batches = load_run(tmp_path / "run"), held_out_batches(resolved.data)
+    token_bytes = held_out_text(resolved.data).token_bytes  # type: ignore[arg-type]
+    bits = bits_per_byte(loaded.model, batches, token_bytes, n_loops=loaded.model.config.n_loops)
+    assert records[-1]["val_bpb"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_samples_of_a_killed_run_are_written_again(folder: Path, run: Path, tmp_path: Path) -> None:
+    start_run(config(folder, "train.steps=3"), tmp_path / "run")
+    samples = tmp_path / "run" / "samples.txt"
+    with samples.open("a") as file:
+        file.write("step 5: 'never saved'\nstep 6: 'cut sh")
+    resume_run(tmp_path / "run", overrides=["train.steps=6"])
+    told = [line.partition(":")[0] for line in samples.read_text().splitlines()]
+    assert told == ["step 3", "step 4", "step 6"]

@@ -1,8 +1,12 @@
 """Several processes train as one: the same losses, the same checkpoint whatever their number, and one clear error."""
 
 import json
+import re
+import resource
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,9 +25,11 @@ RUNTIME = "train.runtime={device: cpu, precision: fp32, compile: false, n_thread
 ADAPTER = "model.adapter={rank: 2, n_loops: 3}"  # of which a shallow plan uses a part
 
 
-def torchrun(*words: str, n_ranks: int = 2) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    *words: str, n_ranks: int = 2, before: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n_ranks), "-m", "looplm", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, preexec_fn=before)
 
 
 def losses(run: Path) -> list[float]:
@@ -96,11 +102,21 @@ def test_a_budget_in_flops_ends_ranks_with_rows_of_unlike_lengths_together(tmp_p
 
 
 SHARED = ["train.accumulate=2", PLAN, "train.shard=true", "model.n_prelude=1", "model.n_coda=1", "train.ema=0.5"]
-WATCHED = ["train.validate_every=3", "train.probe_every=3", "train.checkpoint_steps=3"]
+WATCHED = ["train.validate_every=3", "train.probe_every=3", "train.log_every=2", "train.checkpoint_steps=3"]
 MATRICES = ["train.optimizer={matrices: normuon, others: lion, weight_decay: 0.1}", "model.inject={kind: diagonal}"]
 
 
-@pytest.mark.parametrize("parts", [[], [EXPERTS], [ADAPTER, *MATRICES]], ids=["plain", "experts", "adapter"])
+LOSSES = ["train.loop_loss={share: 0.2}", "train.state_loss={norm: 0.01}"]
+GATE = ["model.exit={kind: gate}", "train.exit_gate={alone: 0.5}"]
+SCALARS = ["model.core_ffn={kind: parallel, d_ff: 32, moe: {kind: moe, d_ff: 16, n_experts: 2, top_k: 2}}"]
+THIN = ["model.adapter={rank: 1, n_loops: 3}"]  # whose matrices are as large as what NorMuon remembers of them
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [[], [EXPERTS], [ADAPTER, *MATRICES, *LOSSES], [*GATE, *SCALARS, *THIN, MATRICES[0]]],
+    ids=["plain", "experts", "adapter, losses", "gate, scalars"],
+)
 def test_ranks_that_share_the_weights_out_follow_the_curve_of_one(
     tmp_path: Path, tiny_reason: list[str], parts: list[str]
 ) -> None:
@@ -151,17 +167,24 @@ def test_a_shard_that_is_gone_or_cut_short_is_one_clear_error(tmp_path: Path, ti
     first.unlink()
     with pytest.raises(CheckpointError, match="lacks a part of"):
         load_run(tmp_path / "run")
+    sorted((first.parents[1] / "training.shards").iterdir())[1].unlink()
+    with pytest.raises(CheckpointError, match=r"training\.\w+ (holds no|lacks a part|does not fit)"):
+        resume_run(tmp_path / "run", overrides=["train.steps=2"])
 
 
 def test_a_full_disk_ends_all_ranks_in_one_clear_error(tmp_path: Path, tiny_reason: list[str]) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(resolve_run("reason", overrides=[*tiny_reason, *SHARED, "train.steps=1"])))
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "checkpoints").write_text("in the way")
-    done = torchrun("train", str(recipe), "--out", str(tmp_path / "run"))
+
+    def small_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    done = torchrun("train", str(recipe), "--out", str(tmp_path / "run"), before=small_files)
     assert done.returncode != 0
-    assert done.stderr.count("error: checkpoint") == 1
-    assert "could not be written" in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert re.search("could not be written .*File too large.*no earlier one", line)
+    assert "RANK 1" not in done.stderr
 
 
 COUNTS = """

@@ -97,12 +97,15 @@ def _inspect(folder: Path) -> None:
     from looplm.data.bpe import load_tokenizer
     from looplm.data.prepare import TRAIN, checksum
     from looplm.data.prepared import TokenStream
+    from looplm.errors import DataError
 
     stream = TokenStream(folder, split=TRAIN)
     manifest = stream.manifest
     table = Table("shard", "documents", "tokens", "bytes/token", "checksum", title=str(folder), title_justify="left")
+    wrong = []
     for shard in manifest.shards:
         is_right = checksum(folder / shard.name) == shard.sha256
+        wrong += [] if is_right else [shard.name]
         sizes = f"{shard.n_documents:,}", f"{shard.n_tokens:,}", f"{shard.n_bytes / shard.n_tokens:.2f}"
         table.add_row(shard.name, *sizes, "right" if is_right else "[red]WRONG[/red]")
     console = Console()
@@ -110,6 +113,8 @@ def _inspect(folder: Path) -> None:
     console.print(
         f"[dim]of {escape(', '.join(manifest.config['sources']))}; {manifest.vocab_size:,} kinds of tokens[/dim]"
     )
+    if wrong:
+        raise DataError(f"{', '.join(wrong)} of {str(folder)!r} are not what was written: prepare the folder anew")
     tokenizer = load_tokenizer(folder)
     starts = [0, *stream.ends[:-1].tolist()]
     for number in sorted({0, len(starts) // 3, 2 * len(starts) // 3}):

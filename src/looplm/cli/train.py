@@ -24,6 +24,7 @@ def train(
     tokens: Annotated[int | None, typer.Option(help="Budget of tokens.", show_default=False)] = None,
     flops: Annotated[float | None, typer.Option(help="Budget of FLOPs, as 1e15.", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, data and plans.", show_default=False)] = None,
+    keep: Annotated[int | None, typer.Option(help="Newest checkpoints kept.", show_default="2")] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Continue this run folder in place of starting one.", show_default=False)
     ] = None,
@@ -39,7 +40,7 @@ def train(
 
     words = list(arguments or [])
     recipe = words.pop(0) if words and "=" not in words[0] else None
-    overrides = [f"train.{key}={value}" for key, value in (("seed", seed),) if value is not None]
+    overrides = [f"train.{key}={value}" for key, value in (("seed", seed), ("keep", keep)) if value is not None]
     budgets = {"minutes": minutes, "steps": steps, "tokens": tokens, "flops": flops}
     if any(value is not None for value in budgets.values()):
         # a budget given here replaces the preset's, whatever its unit

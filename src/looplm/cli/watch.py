@@ -94,7 +94,8 @@ def _view(run: Path, *, width: int) -> "Group":
     bar.add_row(ProgressBar(total=1.0, completed=progress, width=min(60, width)), f" {progress:.0%}")
     sample = Text("", end="")
     if (run / SAMPLES).is_file():
-        sample = Text(f"newest sample: {(run / SAMPLES).read_text(encoding='utf-8').splitlines()[-1]}", style="dim")
+        lines = (run / SAMPLES).read_text(encoding="utf-8", errors="replace").splitlines()
+        sample = Text(f"newest sample: {lines[-1] if lines else '-'}", style="dim")
     return Group(title, bar, table, numbers, sample)
 
 

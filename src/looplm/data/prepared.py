@@ -58,6 +58,8 @@ class PreparedConfig(Config):
     """Prepared folders with their weights, or one folder; builtin:python is the Python standard library."""
     n_rows: PositiveInt = 16
     """Rows of a micro-batch."""
+    n_tokens: PositiveInt | None = None
+    """Tokens of a micro-batch, in place of n_rows, whatever the length of its rows; null for n_rows."""
     row_len: PositiveInt = 512
     """Tokens of a row."""
     mask_documents: bool = False
@@ -78,19 +80,20 @@ class PreparedConfig(Config):
         for folders in (self.folders, *(phase.folders for phase in self.phases if phase.folders is not None)):
             if not 0 < len(folders) <= MOST_FOLDERS:
                 raise ValueError(f"{len(folders)} folders are mixed; give 1 to {MOST_FOLDERS}")
+        if self.n_tokens is not None and self.n_tokens < self.longest_row:
+            raise ValueError(f"a micro-batch of n_tokens {self.n_tokens} holds no row of {self.longest_row}: raise it")
         return self
 
     def in_full(self) -> "list[Phase]":
         """The phases with what they leave null filled in."""
-        return [
-            Phase(
-                phase.n_batches,
-                self.folders if phase.folders is None else phase.folders,
-                self.n_rows if phase.n_rows is None else phase.n_rows,
-                self.row_len if phase.row_len is None else phase.row_len,
-            )
-            for phase in self.phases or [PhaseConfig()]
-        ]
+        return [self._in_full(phase) for phase in self.phases or [PhaseConfig()]]
+
+    def _in_full(self, phase: PhaseConfig) -> "Phase":
+        row_len = self.row_len if phase.row_len is None else phase.row_len
+        n_rows = self.n_rows if self.n_tokens is None else self.n_tokens // row_len
+        if phase.n_rows is not None:
+            n_rows = phase.n_rows
+        return Phase(phase.n_batches, self.folders if phase.folders is None else phase.folders, n_rows, row_len)
 
     @property
     def longest_row(self) -> int:

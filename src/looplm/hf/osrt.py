@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from looplm.errors import CheckpointError
-from looplm.hf.rules import Rule, same, stacked
+from looplm.hf.rules import Rule, same, scalar, stacked
 from looplm.model.attention import GQAConfig
 from looplm.model.block import AdapterConfig, BlockConfig
 from looplm.model.ffn import FFNConfig, ParallelConfig, SwiGLUConfig
@@ -99,8 +99,8 @@ def _v4_rules(config: ModelConfig, ours: str, theirs: str) -> list[Rule]:
     ffn = config.block.ffn
     assert isinstance(ffn, ParallelConfig)
     table = [
-        same(f"{ours}.dense_gate", f"{theirs}.dense_gate"),
-        same(f"{ours}.moe_gate", f"{theirs}.moe_gate"),
+        scalar(f"{ours}.dense_gate", f"{theirs}.dense_gate"),
+        scalar(f"{ours}.moe_gate", f"{theirs}.moe_gate"),
         same(f"{ours}.dense_norm.weight", f"{theirs}.norm_dense.weight"),
         same(f"{ours}.moe_norm.weight", f"{theirs}.norm_moe.weight"),
         same(f"{ours}.moe.router.weight", f"{theirs}.moe.router.weight"),

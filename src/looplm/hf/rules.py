@@ -47,9 +47,14 @@ def split(ours: Sequence[str], theirs: str) -> Rule:
     return Rule(
         tuple(ours),
         (theirs,),
-        lambda parts: [part.clone() for part in parts[0]],
-        lambda parts: [torch.stack(list(parts))],
+        lambda parts: [part.clone() for part in parts[0].split(1)],
+        lambda parts: [torch.cat(list(parts))],
     )
+
+
+def scalar(ours: str, theirs: str) -> Rule:
+    """A tensor of one entry that is theirs without an axis."""
+    return Rule((ours,), (theirs,), lambda parts: [parts[0].reshape(1)], lambda parts: [parts[0].reshape(())])
 
 
 def halves_swapped(ours: str, theirs: str, *, head_dim: int) -> Rule:

@@ -61,8 +61,8 @@ class StreamScales(nn.Module):
     def __init__(self, place: Place) -> None:
         super().__init__()
         self.depth = place.layer_idx / max(1, place.n_layers - 1)
-        self.stream = nn.Parameter(torch.empty(()))
-        self.first = nn.Parameter(torch.empty(()))
+        self.stream = nn.Parameter(torch.empty(1))  # FSDP takes no 0-d ones
+        self.first = nn.Parameter(torch.empty(1))
         self.reset()
 
     def reset(self) -> None:
@@ -72,7 +72,7 @@ class StreamScales(nn.Module):
 
     def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         assert inputs.first is not None
-        return self.stream * x + self.first * inputs.first
+        return self.stream[0] * x + self.first[0] * inputs.first  # 0-d: bf16 stays bf16
 
 
 class ResidualAdapter(nn.Module):

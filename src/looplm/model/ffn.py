@@ -85,8 +85,8 @@ class Parallel(nn.Module):
         self.moe_norm = RMSNorm(d_model, eps=norm_eps, has_weight=norm_weight)
         self.moe = MoE(d_model, config.moe, linear, layer_idx=layer_idx)
         self.gate_init = config.gate_init
-        self.dense_gate = nn.Parameter(torch.empty(()))
-        self.moe_gate = nn.Parameter(torch.empty(()))
+        self.dense_gate = nn.Parameter(torch.empty(1))  # FSDP takes no 0-d ones
+        self.moe_gate = nn.Parameter(torch.empty(1))
         self.reset()
 
     def reset(self) -> None:
@@ -96,7 +96,7 @@ class Parallel(nn.Module):
 
     def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         dense = self.dense(self.dense_norm(x), inputs)
-        return self.dense_gate * dense + self.moe_gate * self.moe(self.moe_norm(x), inputs)
+        return self.dense_gate[0] * dense + self.moe_gate[0] * self.moe(self.moe_norm(x), inputs)
 
 
 def make_ffn(

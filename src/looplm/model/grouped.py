@@ -33,7 +33,28 @@ def grouped_on_gpu(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """`grouped` in autocast's type, by torch's own product."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return F.grouped_mm(x.to(dtype), weight.to(dtype), offs=ends)
+    product: Tensor = _GroupedOnGPU.apply(x, weight, ends, dtype)
+    return product
+
+
+class _GroupedOnGPU(torch.autograd.Function):
+    """`F.grouped_mm` in `dtype` that keeps the weights as they are and casts them once more in the backward pass:
+    autocast caches no cast for it, and every loop would keep a copy of all experts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.x_dtype = x.dtype
+        x = x.to(dtype)
+        ctx.save_for_backward(x, weight, ends)
+        return F.grouped_mm(x, weight.to(dtype), offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, ends = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        to_x = F.grouped_mm(grad, weight.to(x.dtype).mT, offs=ends)
+        to_weight = F.grouped_mm(x.mT, grad, offs=ends)
+        return to_x.to(ctx.x_dtype), to_weight.to(weight.dtype), None, None
 
 
 @torch.library.custom_op("looplm::grouped_on_cpu", mutates_args=())

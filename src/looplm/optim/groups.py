@@ -4,7 +4,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
@@ -49,8 +49,15 @@ class OptimizerConfig(Config):
     """Lion's second decay."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled decay of matrices and embedding; never of norms, smear or the injection's own parameters."""
+    batch_tokens: PositiveInt | None = None
+    """Tokens of a step that the rates are meant for; null for any. A larger step takes them times the root of how much
+    larger it is, a smaller one as they are: below some size the best rate hardly falls any more (docs/log.md)."""
     groups: dict[str, GroupConfig] = Field(default_factory=dict)
     """Exceptions by parameter name, globs such as `*.router.weight`; of several that match the first counts."""
+
+    def batch_scale(self, n_tokens: float) -> float:
+        """What the rates are multiplied by in a step of `n_tokens`."""
+        return 1.0 if self.batch_tokens is None else max(1.0, n_tokens / self.batch_tokens) ** 0.5
 
 
 def make_optimizers(

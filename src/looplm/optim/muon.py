@@ -26,6 +26,7 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+SECOND_MOMENTUM = "second_momentum_buffer"  # of NorMuon, in an optimizer's state
 Coefficients = Sequence[tuple[float, float, float]]
 
 
@@ -93,7 +94,7 @@ class Muon(Optimizer):
         x = x * (size / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-6))
         squares = x.square().mean(dim=-1 if n_rows >= n_columns else -2, keepdim=True)
         each = zip(parameters, squares.unbind(), strict=True)
-        seconds = [buffer(self.state[p], "second_momentum_buffer", like) for p, like in each]  # whole on every rank
+        seconds = [buffer(self.state[p], SECOND_MOMENTUM, like) for p, like in each]  # whole on every rank
         torch._foreach_lerp_(seconds, list(squares.unbind()), 1 - group["beta2"])
         x = x * torch.stack(seconds).clamp(min=1e-10).rsqrt()
         x = x * (size / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))

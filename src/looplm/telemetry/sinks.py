@@ -1,15 +1,20 @@
 """Where metrics are written: JSON lines always, TensorBoard if it is installed. One record per logged step."""
 
-import hashlib
 import importlib.util
 import json
+import logging
+import re
+import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Protocol
 
 from looplm.config import load_yaml
 from looplm.errors import ConfigError, TrainingError
+from looplm.files import write_whole
 
+logger = logging.getLogger(__name__)
 Record = dict[str, float | int]
 METRICS, SAMPLES = "metrics.jsonl", "samples.txt"  # of a run folder
 
@@ -29,11 +34,7 @@ class JsonlSink:
     def __init__(self, path: Path, *, from_step: int = 0) -> None:
         self.path = path
         try:
-            if path.exists():
-                kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= from_step]
-                temporary = path.with_name(path.name + ".partial")
-                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-                temporary.replace(path)
+            _rewind(path, lambda line: _step_of(line) <= from_step)
             self._file: IO[str] = path.open("a", encoding="utf-8")
         except OSError as error:
             raise TrainingError(f"{path} could not be written ({error}); free space and resume") from None
@@ -75,20 +76,23 @@ class TensorBoardSink:
 
 class WandbSink:
     """Every record to a project of Weights & Biases, or with WANDB_MODE=offline to RUN/wandb, for `wandb sync` later. A
-    resumed run goes on in the same place."""
+    resumed run goes on in the same place. A copy, as TensorBoard's."""
 
     def __init__(self, project: str, folder: Path) -> None:
         try:
             import wandb
         except ImportError:
             raise ConfigError("train.wandb takes wandb, which is not installed: pip install 'looplm[track]'") from None
-        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        self._is_open, self._error = True, wandb.Error
+        kept = folder / "wandb_id.txt"  # drawn once for a run, wherever its folder goes
+        if not kept.exists():
+            write_whole(kept, uuid.uuid4().hex[:16].encode())
         config = load_yaml(folder / "config.yaml")
         try:
             self._run = wandb.init(
                 project=project,
                 name=folder.name,
-                id=name,
+                id=kept.read_text(),
                 dir=folder,
                 config=config,
                 resume="allow",
@@ -100,10 +104,16 @@ class WandbSink:
             ) from None
 
     def write(self, record: Record) -> None:
-        self._run.log(record, step=int(record["step"]))
+        if self._is_open:
+            try:
+                self._run.log(record, step=int(record["step"]))
+            except (self._error, OSError) as error:
+                self._is_open = False
+                logger.warning("Weights & Biases gets no more records (%s); metrics.jsonl does", error)
 
     def close(self) -> None:
-        self._run.finish()
+        with suppress(self._error, OSError):
+            self._run.finish()
 
 
 def make_sinks(folder: Path, *, from_step: int, wandb: str | None = None) -> list[Sink]:
@@ -113,11 +123,30 @@ def make_sinks(folder: Path, *, from_step: int, wandb: str | None = None) -> lis
         ConfigError: wandb is missing, or not logged in.
     """
     sinks: list[Sink] = [JsonlSink(folder / METRICS, from_step=from_step)]
+    _rewind(folder / SAMPLES, lambda line: _step_of_sample(line) <= from_step)
     if wandb is not None:
         sinks.append(WandbSink(wandb, folder))
     if importlib.util.find_spec("tensorboard") is not None:
         sinks.append(TensorBoardSink(folder / "tensorboard"))
     return sinks
+
+
+def sample_line(step: int, text: str) -> str:
+    """A line of samples.txt."""
+    return f"step {step}: {text!r}\n"
+
+
+def _step_of_sample(line: str) -> float:
+    """The step of a sample; infinite for a line that was cut short."""
+    found = re.fullmatch(r"step (\d+): (['\"]).*\2", line)
+    return float("inf") if found is None else float(found[1])
+
+
+def _rewind(path: Path, is_kept: Callable[[str], bool]) -> None:
+    """Drop the lines that a killed run wrote after its last checkpoint: the resumed one writes them again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        write_whole(path, "".join(f"{line}\n" for line in lines if is_kept(line)).encode())
 
 
 def _step_of(line: str) -> float:

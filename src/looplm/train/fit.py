@@ -6,10 +6,9 @@ in steps or tokens; a budget in minutes ties the learning rate to the clock).
 """
 
 import logging
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -33,6 +32,7 @@ from looplm.data.sources import PermutationsSource, Source
 from looplm.errors import CheckpointError, ConfigError, TrainingError
 from looplm.eval.loops import next_token_score
 from looplm.model.count import FlopsPerToken
+from looplm.model.loop.inject import NoInjectConfig
 from looplm.model.loop.plan import CurriculumPlanConfig, LoopPlan, PlanConfig, PoissonPlanConfig
 from looplm.model.looped import LoopedLM
 from looplm.model.moe import total_loads
@@ -41,6 +41,7 @@ from looplm.optim.schedule import ScheduleConfig
 from looplm.telemetry.meter import matmul_rate, memory_gb
 from looplm.telemetry.sinks import Record, Sink, make_sinks
 from looplm.train.average import MovingAverage
+from looplm.train.interrupt import interruptible
 from looplm.train.losses import ExitGateConfig, LoopLossConfig, StateLossConfig, exit_gate_loss, next_token_loss
 from looplm.train.probes import probe_loops, worries
 from looplm.train.runtime import Runtime, RuntimeConfig, choose_runtime
@@ -109,7 +110,7 @@ class TrainConfig(Config):
     """Project of Weights & Biases that records go to as well; null for none. WANDB_MODE=offline keeps them here."""
     shard: bool = False
     """Share weights, gradients and optimizer state out to the ranks (FSDP2), for models that one GPU does not hold; the
-    core is gathered once a step, whatever the number of loops. Else every rank has all of them (DDP)."""
+    core is gathered once a micro-batch, whatever the number of loops. Else every rank has all of them (DDP)."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Device, precision, compilation, threads."""
 
@@ -215,6 +216,8 @@ class _Fit:
         self.started = time.perf_counter()
         self.last_batch: Batch
         self.said: set[str] = set()  # worries
+        self.failed: TrainingError | None = None  # on this rank, until all hear of it
+        self.loads: list[tuple[int, torch.Tensor]] = []  # of a step's routers
         self.validate: Validate | None = None
         check_ranks(config)
         is_resumed = dist.from_main(bool(checkpoints(folder)))
@@ -229,8 +232,7 @@ class _Fit:
         self.loss: _Loss | DistributedDataParallel = _Loss(self)
         self.sharded: FSDPModule | None = None
         if config.shard and dist.n_ranks() > 1:
-            layers = [*model.prelude, *model.coda]
-            self.sharded = dist.shard(self.loss, layers=layers, device=self.runtime.device)
+            self.sharded = dist.shard(self.loss, layers=self._gathered_apart(), device=self.runtime.device)
         # the model moves before its optimizers are made: they hold its parameters, and their state follows those
         self.runtime.apply(model, rows_vary=isinstance(config.plan, PoissonPlanConfig))
         self.device = torch.device(self.runtime.device)
@@ -248,7 +250,9 @@ class _Fit:
         self.matmul_rate = dist.summed([matmul_rate(self.device, dtype)], device=self.device)[0]
         if dist.n_ranks() > 1 and self.sharded is None:
             # plans differ between ranks, and with them what is used of the parts that belong to one loop
-            self.loss = DistributedDataParallel(self.loss, forward_sync_buffers=False, find_unused_parameters=True)
+            self.loss = DistributedDataParallel(
+                self.loss, forward_sync_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
+            )
 
     def run(self) -> FitResult:
         config, position = self.config, self.position
@@ -261,7 +265,7 @@ class _Fit:
         record: Record = {"loss": float("nan")}
         is_stopped = False
         try:
-            with _interruptible() as interrupted:
+            with interruptible() as interrupted:
                 while config.progress(position) < 1 and not (is_stopped := self._any(interrupted())):
                     record = self._step(batches)
                     now = time.perf_counter()
@@ -269,9 +273,12 @@ class _Fit:
                     # ranks' clocks differ, and they have to do the same
                     told = dist.largest([*clocks, now - last_saved], device=self.device)
                     position.seconds, position.seconds_waited, since_saved = told
-                    probed = self._probe() | self._validate()
-                    if position.step % config.log_every == 0 or probed or config.progress(position) >= 1:
-                        record |= probed
+                    is_over = config.progress(position) >= 1
+                    if is_over and config.validate_every is not None:
+                        self._save()  # before what takes memory and a while
+                    record |= self._probe() | self._validate()
+                    # by the step, so that all ranks do the same
+                    if is_over or self._is_time(config.log_every, config.probe_every, config.validate_every):
                         record["tokens_per_second"] = (position.tokens - tokens_logged) / (now - last_logged)
                         record["seconds"] = round(position.seconds, 3)
                         record["waiting_share"] = position.seconds_waited / position.seconds
@@ -290,6 +297,10 @@ class _Fit:
             for sink in sinks:
                 sink.close()
 
+    def _is_time(self, *every: int | None) -> bool:
+        """Whether a number of steps is over for what is done every so many of them, null for never."""
+        return any(n is not None and self.position.step % n == 0 for n in every)
+
     def _any(self, is_so: bool) -> bool:
         """Whether it is so on any rank."""
         return bool(dist.largest([is_so], device=self.device)[0])
@@ -300,7 +311,7 @@ class _Fit:
         scale = config.schedule.scale(config.progress(position))
         loss = torch.zeros((), device=self.device)
         n_loops, n_tokens_seen, flops, deepest = 0.0, 0.0, 0.0, 0
-        loads: list[tuple[int, torch.Tensor]] = []
+        self.loads = []
         numbers = range(dist.rank(), config.accumulate, dist.n_ranks())
         for number, batch in zip(numbers, islice(batches, len(numbers)), strict=True):
             batch = self.last_batch = batch.to(self.device)
@@ -314,7 +325,7 @@ class _Fit:
             deepest = max(deepest, plan.n_loops)
             with self._synchronised(is_last=number == numbers[-1], deepest=deepest):
                 with self.runtime.autocast():
-                    part = self.loss(batch, plan, seed=seed, loads=loads)
+                    part = self.loss(batch, plan, seed=seed)
                 (part / len(numbers)).backward()
             loss += part.detach() / config.accumulate
             n_tokens_seen += batch.n_tokens
@@ -324,7 +335,7 @@ class _Fit:
             loss = dist.sum_tensor(loss)
             n_loops, n_tokens_seen, flops = dist.summed([n_loops, n_tokens_seen, flops], device=self.device)
             # ranks have run other numbers of loops, but the same layers
-            loads = [(layer_idx, dist.sum_tensor(load)) for layer_idx, load in sorted(total_loads(loads).items())]
+            self.loads = [(layer, dist.sum_tensor(load)) for layer, load in sorted(total_loads(self.loads).items())]
         position.tokens += int(n_tokens_seen)
         position.flops += flops
         norm = gradient_norm(self.model)
@@ -334,11 +345,12 @@ class _Fit:
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(config.grad_clip / norm)
+        scale *= config.optimizer.batch_scale(n_tokens_seen)
         set_lr_scale(self.optimizers, scale)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.model.balance(loads)
+        self.model.balance(self.loads)
         position.step += 1
         if self.average is not None:
             self.average.update(position.step)
@@ -355,27 +367,40 @@ class _Fit:
             record["level"] = position.level
         if isinstance(self.source, PreparedSource) and len(self.source.phases) > 1:
             record["phase"] = 1 + self.source.phase(position.step * config.accumulate - 1)[0]
-        if loads:
-            record["max_load"] = float(torch.stack([load.max() / load.float().mean() for _, load in loads]).max())
+        if self.loads:
+            record["max_load"] = float(torch.stack([load.max() / load.float().mean() for _, load in self.loads]).max())
         return record
 
     def _synchronised(self, *, is_last: bool, deepest: int) -> AbstractContextManager[None]:
         """Gradients are averaged over the ranks in the backward pass of a step's last micro-batch alone."""
         if self.sharded is not None:
             self.sharded.set_requires_gradient_sync(is_last)
-            if is_last:  # what no rank has used keeps no gradient; what some have is averaged by all
-                self.sharded.set_reduce_scatter_unused_params(self._any(deepest > 1))
+            if is_last:  # what some ranks have used and others not, which is what belongs to later loops
+                self.sharded.set_reduce_scatter_unused_params(self._any(deepest > 1) and not self._is_gate_alone)
         if isinstance(self.loss, DistributedDataParallel) and not is_last:
             return self.loss.no_sync()
         return nullcontext()
 
-    def loss_of(
-        self, batch: Batch, plan: LoopPlan, *, seed: int = 0, loads: list[tuple[int, torch.Tensor]] | None = None
-    ) -> torch.Tensor:
+    def _gathered_apart(self) -> list[nn.Module]:
+        """The layers that FSDP gathers when they run: those that every rank runs as often, whatever its plan."""
+        config, model = self.config, self.model
+        is_cut_off = getattr(config.plan, "n_grad", None) is not None and isinstance(
+            model.config.inject, NoInjectConfig
+        )
+        reads_each_loop = any(each is not None for each in (config.loop_loss, config.state_loss, config.exit_gate))
+        return [*(() if is_cut_off else model.prelude), *(() if reads_each_loop else model.coda)]
+
+    @property
+    def _is_gate_alone(self) -> bool:
+        """Whether the exit gate is trained by itself."""
+        gate = self.config.exit_gate
+        return gate is not None and self.config.progress(self.position) >= 1 - gate.alone
+
+    def loss_of(self, batch: Batch, plan: LoopPlan, *, seed: int = 0) -> torch.Tensor:
         config = self.config
         if config.exit_gate is not None:
-            alone = config.progress(self.position) >= 1 - config.exit_gate.alone
-            return exit_gate_loss(self.model, batch, plan, config.exit_gate, alone=alone, loads=loads)
+            alone = self._is_gate_alone
+            return exit_gate_loss(self.model, batch, plan, config.exit_gate, alone=alone, loads=self.loads)
         return next_token_loss(
             self.model,
             batch,
@@ -384,7 +409,7 @@ class _Fit:
             loop_loss=config.loop_loss,
             state_loss=config.state_loss,
             seed=seed,
-            loads=loads,
+            loads=self.loads,
         )
 
     @torch.compiler.set_stance("force_eager")  # compiled layers would be compiled once more, for inference
@@ -413,10 +438,10 @@ class _Fit:
 
     def _probe(self) -> Record:
         """What the loops do, where it is time to ask; what is worrying about it is said once."""
-        every, n_loops = self.config.probe_every, self.model.config.n_loops
-        if every is None or self.position.step % every:
+        n_loops = self.model.config.n_loops
+        if not self._is_time(self.config.probe_every):
             return {}
-        model = self._whole_model()
+        model = self._whole_model(own_tensors(self.model))
         if model is None:
             return {}
         with self.runtime.autocast():
@@ -430,30 +455,39 @@ class _Fit:
     @torch.compiler.set_stance("force_eager")  # as above
     def _validate(self) -> Record:
         """What held-out data says, where it is time to ask."""
-        every, step = self.config.validate_every, self.position.step
-        if self.validate is None or every is None or (step % every and self.config.progress(self.position) < 1):
+        every = self.config.validate_every
+        is_over = self.config.progress(self.position) >= 1
+        if self.validate is None or every is None or not (is_over or self._is_time(every)):
             return {}
-        model = self._whole_model()
+        # by the weights that a checkpoint is read as
+        model = self._whole_model(own_tensors(self.model) if self.average is None else self.average.tensors)
         if model is None:
             return {}
-        with self.runtime.autocast():
-            return self.validate(model, step)
+        try:
+            with self.runtime.autocast():
+                return self.validate(model, self.position.step)
+        except OSError as error:  # of a sample: told where all ranks hear of it
+            self.failed = TrainingError(
+                f"{error.filename} could not be written ({error.strerror}); free space and resume"
+            )
+            return {}
 
-    def _whole_model(self) -> LoopedLM | None:
-        """The model for rank 0 to look at, put together anew where it is shared out; None on the other ranks."""
-        if self.sharded is None:
+    def _whole_model(self, tensors: Mapping[str, torch.Tensor]) -> LoopedLM | None:
+        """A model of these weights for rank 0 to look at, the model itself where it is whole and they are its own; None
+        on the other ranks."""
+        if self.sharded is None and (self.average is None or tensors is not self.average.tensors):
             return self.model if dist.is_main() else None
-        whole = {name: dist.gathered(dist.local(t), like=t) for name, t in own_tensors(self.model).items()}
-        if not dist.is_main():
-            return None
-        model = LoopedLM.on(self.device, self.model.config, draw=False)
-        for name, tensor in own_tensors(model).items():
-            tensor.copy_(whole[name])
+        model = LoopedLM.on(self.device, self.model.config, draw=False) if dist.is_main() else None
+        own = {} if model is None else own_tensors(model)
+        for name, tensor in tensors.items():  # one at a time: no rank has room for all of them twice
+            whole = dist.gathered(dist.local(tensor), like=tensor)
+            if model is not None:
+                own[name].copy_(whole)
         return model
 
     def _report(self, record: Record, sinks: list[Sink]) -> None:
         """Write a record everywhere. If it cannot be written, what was learned so far still is."""
-        failed: TrainingError | None = None
+        failed = self.failed
         try:
             for sink in sinks:
                 sink.write(record)
@@ -547,22 +581,3 @@ class _Loss(nn.Module):
 
     def forward(self, batch: Batch, plan: LoopPlan, **options: Any) -> torch.Tensor:
         return self._of(batch, plan, **options)
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C (or SIGTERM) asks the loop to stop after its step; a second one ends the program at once."""
-    asked = False
-
-    def ask(signum: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -37,13 +37,13 @@ class Footprint:
     weights: int
     """Parameters and buffers, fp32."""
     gradients: int
-    """Of them; with DDP on several GPUs its buckets too, which are as large."""
+    """Of them; with DDP they are the buckets that it sums."""
     optimizer: int
     """Its state, and the moving average of the weights if there is one."""
     gathered: int
     """Sharded: weights that are whole while they are used, and their gradients."""
     activations: int
-    """What autograd keeps of the model, bf16 copies of the weights included."""
+    """What autograd keeps of the model, bf16 copies of the weights (but the experts) included."""
     loss: int
     """What it keeps of the losses, the head's gradient included, and the logits of one chunk."""
 
@@ -63,16 +63,15 @@ class Parts:
     activations: int
     loss: int
 
-    def replicated(self, n_gpus: int) -> Footprint:
-        """Everything on each of `n_gpus` (DDP)."""
-        gradients = self.weights if n_gpus == 1 else 2 * self.weights
-        return Footprint(self.weights, gradients, self.optimizer, 0, self.activations, self.loss)
+    def replicated(self) -> Footprint:
+        """Everything on each GPU (DDP)."""
+        return Footprint(self.weights, self.weights, self.optimizer, 0, self.activations, self.loss)
 
     def sharded(self, n_gpus: int, *, accumulates: bool) -> Footprint:
         """Weights, gradients and optimizer state shared by `n_gpus` (FSDP); one shares them with nobody. Where it
         accumulates over several micro-batches, a rank keeps whole gradients of everything until the last."""
         if n_gpus == 1:
-            return self.replicated(1)
+            return self.replicated()
         weights, optimizer = -(-self.weights // n_gpus), -(-self.optimizer // n_gpus)
         gathered = self.gathered + (self.weights if accumulates else self.gathered)
         return Footprint(weights, weights, optimizer, gathered, self.activations, self.loss)

@@ -128,7 +128,7 @@ def needs(
     on = []
     for n in n_gpus:
         hours = flops / (n * gpu.tflops * 1e12 * mfu) / 3600
-        ddp, fsdp = parts.replicated(n), parts.sharded(n, accumulates=config.train.accumulate > n)
+        ddp, fsdp = parts.replicated(), parts.sharded(n, accumulates=config.train.accumulate > n)
         ddp_fits, fsdp_fits = (each.total <= USABLE * gpu.memory_gb * 1e9 for each in (ddp, fsdp))
         on.append(OnGPUs(n, ddp, ddp_fits, fsdp, fsdp_fits, hours, hours * n * price))
     return Needs(

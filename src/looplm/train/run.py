@@ -25,7 +25,7 @@ from looplm.infer.sampling import SamplingConfig
 from looplm.model.loop.exit import ACTConfig, GateConfig
 from looplm.model.loop.plan import CurriculumPlanConfig, LengthPlanConfig, PoissonPlanConfig
 from looplm.model.looped import LoopedLM, ModelConfig
-from looplm.telemetry.sinks import SAMPLES, Record
+from looplm.telemetry.sinks import SAMPLES, Record, sample_line
 from looplm.train.fit import FitResult, Observer, TrainConfig, Validate, check_ranks, fit
 
 SAMPLE_PROMPT, SAMPLE_TOKENS = "\n", 60
@@ -203,7 +203,7 @@ def _add_sample(model: LoopedLM, folder: Path, *, codec: Codec, step: int) -> No
     completer = Completer(model, codec)
     (sample,) = completer.complete([SAMPLE_PROMPT], max_new_tokens=SAMPLE_TOKENS, sampling=drawn)
     with (folder / SAMPLES).open("a", encoding="utf-8") as file:
-        file.write(f"step {step}: {sample.text!r}\n")
+        file.write(sample_line(step, sample.text))
 
 
 def _with_model(data: Mapping[str, Any]) -> dict[str, Any]:

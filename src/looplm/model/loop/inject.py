@@ -101,7 +101,7 @@ class GateInject(NoInject):
     def __init__(self, config: GateInjectConfig) -> None:
         super().__init__()
         self.init = config.init
-        self.think_gate = nn.Parameter(torch.tensor(config.init))
+        self.think_gate = nn.Parameter(torch.full((1,), config.init))
 
     def reset(self) -> None:
         """The config's initial value."""
@@ -110,7 +110,7 @@ class GateInject(NoInject):
     def enter(self, state: Tensor | None, entry: Tensor, *, loop_idx: Tensor) -> Tensor:
         if state is None:
             return entry
-        gate = self.think_gate.sigmoid()
+        gate = self.think_gate[0].sigmoid()
         return gate * state + (1 - gate) * entry
 
 

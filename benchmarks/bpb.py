@@ -210,7 +210,7 @@ OPTIMIZER = OptimizerConfig(
     muon_lr=0.02,
     muon_momentum=0.9,
     adamw_lr=4e-3,
-    weight_decay=0.1,
+    weight_decay=0.6,
     groups={"embed.weight": GroupConfig(lr=10.0)},
 )
 SCHEDULE = ScheduleConfig(warmup=0.01, decay=0.9)

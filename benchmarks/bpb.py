@@ -30,7 +30,8 @@ from torch import Tensor
 from looplm.config import parse
 from looplm.data.bytes import VOCAB_SIZE, BytesConfig, BytesSource
 from looplm.data.pack import IGNORE, Batch
-from looplm.model.loop.plan import FixedPlanConfig, LoopPlan
+from looplm.model.init import init_weights
+from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import LoopedLM, ModelConfig
 from looplm.optim.groups import GroupConfig, OptimizerConfig, make_optimizers, set_lr_scale
 from looplm.optim.schedule import ScheduleConfig
@@ -53,6 +54,15 @@ COMMON: dict[str, Any] = {
 }
 PLAIN = COMMON | {"n_core": 3, "n_loops": 1}
 LOOPED = COMMON | {"n_prelude": 1, "n_core": 1, "n_coda": 1, "n_loops": 2}
+OPTIMIZER = OptimizerConfig(
+    matrices="normuon",
+    muon_lr=0.02,
+    muon_momentum=0.9,
+    adamw_lr=4e-3,
+    weight_decay=0.6,
+    groups={"embed.weight": GroupConfig(lr=10.0)},
+)
+SCHEDULE = ScheduleConfig(warmup=0.01, decay=0.9)
 
 
 @dataclass
@@ -120,33 +130,23 @@ def nanochat(path: Path, *, rate: float) -> Trainee:
     return Trainee(step, losses, reset, sum(p.numel() for p in model.parameters()))
 
 
-@dataclass(frozen=True)
-class Ours:
-    """A model of ours and how it is trained."""
-
-    model: dict[str, Any]
-    optimizer: OptimizerConfig
-    schedule: ScheduleConfig
-    plan: FixedPlanConfig
-
-
-def ours(config: Ours) -> Trainee:
+def ours(config: dict[str, Any]) -> Trainee:
     """A model of the family, trained with the library's own parts."""
-    model = LoopedLM(parse(ModelConfig, config.model, source="benchmarks/bpb.py"))
+    model = LoopedLM(parse(ModelConfig, config, source="benchmarks/bpb.py"))
     model.compile_parts()
+    plan = LoopPlan(model.config.n_loops)
     made: list[torch.optim.Optimizer] = []
 
     def reset() -> None:
         torch.manual_seed(SEED)
-        model._finish()
-        made[:] = make_optimizers(model, config.optimizer)
+        init_weights(model, kind=model.config.init, std=model.config.init_std)
+        made[:] = make_optimizers(model, OPTIMIZER)
 
     def step(batch: Batch, number: int, over: float) -> float:
-        plan = config.plan.sample(np.random.default_rng([SEED, number]), n_tokens=ROW_LEN, n_rows=N_ROWS)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = next_token_loss(model, batch, plan)
         loss.backward()
-        set_lr_scale(made, config.schedule.scale(over))
+        set_lr_scale(made, SCHEDULE.scale(over))
         for optimizer in made:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -155,8 +155,7 @@ def ours(config: Ours) -> Trainee:
     @torch.compiler.set_stance("force_eager")
     def losses(batch: Batch) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden = model.hidden(batch.ids, plan=LoopPlan(model.config.n_loops))
-            logits = model.logits(hidden)
+            logits = model.logits(model.hidden(batch.ids, plan=plan))
         return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
 
     return Trainee(step, losses, reset, sum(p.numel() for p in model.parameters()))
@@ -205,21 +204,6 @@ def bits_per_byte(losses: Callable[[Batch], Tensor], held_out: BytesSource) -> f
     return nats / n / math.log(2)
 
 
-OPTIMIZER = OptimizerConfig(
-    matrices="normuon",
-    muon_lr=0.02,
-    muon_momentum=0.9,
-    adamw_lr=4e-3,
-    weight_decay=0.6,
-    groups={"embed.weight": GroupConfig(lr=10.0)},
-)
-SCHEDULE = ScheduleConfig(warmup=0.01, decay=0.9)
-RECIPES = {
-    "ours, plain": Ours(PLAIN, OPTIMIZER, SCHEDULE, FixedPlanConfig(n_loops=1)),
-    "ours, looped": Ours(LOOPED, OPTIMIZER, SCHEDULE, FixedPlanConfig(n_loops=2)),
-}
-
-
 def main() -> None:
     """See the module's first lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -236,7 +220,7 @@ def main() -> None:
     racers: dict[str, Callable[[], Trainee]] = {}
     for rate in RATES if given.nanochat else ():
         racers[f"nanochat, {rate} x"] = lambda rate=rate: nanochat(given.nanochat, rate=rate)
-    racers |= {name: lambda recipe=recipe: ours(recipe) for name, recipe in RECIPES.items()}
+    racers |= {"ours, plain": lambda: ours(PLAIN), "ours, looped": lambda: ours(LOOPED)}
     chosen = [name for name in racers if not given.only or any(name.startswith(word) for word in given.only)]
     results = [race(racers[name](), text, held_out, name=name, seconds=given.seconds) for name in chosen]
     theirs = [each["bits_per_byte"] for each in results if each["name"].startswith("nanochat")]

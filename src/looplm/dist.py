@@ -65,12 +65,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def wait() -> None:
-    """Until all ranks are here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def on_main(action: Callable[[], object]) -> None:
     """Do it on rank 0 while the others wait; where it fails, all fail, the others with an OSError that says why."""
     failed: Exception | None = None

@@ -16,15 +16,19 @@ SPREADS = {
 }
 
 
+def case(loads: list[int], *, d_in: int, d_out: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rows, weights, running counts, a gradient of the products, and the products."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(sum(loads), d_in, generator=generator).requires_grad_()
+    weight = torch.randn(len(loads), d_in, d_out, generator=generator).requires_grad_()
+    out_grad = torch.randn(sum(loads), d_out, generator=generator)
+    group = torch.arange(len(loads)).repeat_interleave(torch.tensor(loads))
+    return x, weight, torch.tensor(loads).cumsum(0).int(), out_grad, torch.einsum("nd,ndf->nf", x, weight[group])
+
+
 @pytest.mark.parametrize("loads", SPREADS.values(), ids=SPREADS)
 def test_products_and_gradients_are_those_of_a_loop(loads: list[int]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(sum(loads), 6, generator=generator).requires_grad_()
-    weight = torch.randn(8, 6, 5, generator=generator).requires_grad_()
-    out_grad = torch.randn(sum(loads), 5, generator=generator)
-    ends = torch.tensor(loads).cumsum(0).int()
-    group = torch.arange(8).repeat_interleave(torch.tensor(loads))
-    expected = torch.einsum("nd,ndf->nf", x, weight[group])
+    x, weight, ends, out_grad, expected = case(loads, d_in=6, d_out=5)
     ours = grouped(x, weight, ends)
     torch.testing.assert_close(ours, expected)
     for one, two in zip(
@@ -39,13 +43,7 @@ def test_products_and_gradients_are_those_of_a_loop(loads: list[int]) -> None:
 
 @pytest.mark.parametrize("loads", [[16] * 4, [0, 24, 8, 0]], ids=["even", "some empty"])
 def test_a_gpus_way_is_the_same_and_keeps_no_copy_of_the_weights(loads: list[int]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(sum(loads), 16, generator=generator).requires_grad_()
-    weight = torch.randn(4, 16, 32, generator=generator).requires_grad_()
-    out_grad = torch.randn(sum(loads), 32, generator=generator)
-    ends = torch.tensor(loads).cumsum(0).int()
-    group = torch.arange(4).repeat_interleave(torch.tensor(loads))
-    expected = torch.einsum("nd,ndf->nf", x, weight[group])
+    x, weight, ends, out_grad, expected = case(loads, d_in=16, d_out=32)
     kept: list[Tensor] = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
     with hooks, torch.autocast("cpu", dtype=torch.bfloat16):

@@ -26,9 +26,9 @@ ADAPTER = "model.adapter={rank: 2, n_loops: 3}"  # of which a shallow plan uses 
 
 
 def torchrun(
-    *words: str, n_ranks: int = 2, before: Callable[[], None] | None = None
+    *words: str, program: tuple[str, ...] = ("-m", "looplm"), before: Callable[[], None] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n_ranks), "-m", "looplm", *words]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *program, *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, preexec_fn=before)
 
 
@@ -101,7 +101,7 @@ def test_a_budget_in_flops_ends_ranks_with_rows_of_unlike_lengths_together(tmp_p
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
-SHARED = ["train.accumulate=2", PLAN, "train.shard=true", "model.n_prelude=1", "model.n_coda=1", "train.ema=0.5"]
+SHARED = ["train.accumulate=4", PLAN, "train.shard=true", "model.n_prelude=1", "model.n_coda=1", "train.ema=0.5"]
 WATCHED = ["train.validate_every=3", "train.probe_every=3", "train.log_every=2", "train.checkpoint_steps=3"]
 MATRICES = ["train.optimizer={matrices: normuon, others: lion, weight_decay: 0.1}", "model.inject={kind: diagonal}"]
 
@@ -229,8 +229,7 @@ with dist.process_group(device="cpu"):
 def test_the_core_is_gathered_once_however_many_loops_there_are(tmp_path: Path) -> None:
     script = tmp_path / "counts.py"
     script.write_text(COUNTS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = torchrun(program=(str(script),))
     assert done.returncode == 0, done.stderr
     alike, n_gathered, n_summed, kept = done.stdout.split()
     assert alike == "True"

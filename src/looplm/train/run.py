@@ -123,15 +123,11 @@ def start_run(config: RunConfig, out: Path, *, observers: tuple[Observer, ...] =
     """Train in a new folder `out`, with all ranks that torchrun started."""
     with dist.process_group(device=config.train.runtime.device):
         source = _source(config)  # before anything is written: what cannot be read leaves no folder that looks begun
-        if dist.is_main():
-            _make_folder(config, out)
-            if isinstance(source, PreparedSource):
-                write_text(out / TOKENIZER, source.tokenizer.to_str())
-        dist.wait()
+        dist.on_main(partial(_make_folder, config, source, out))
         return _train(config, source, out, observers=observers)
 
 
-def _make_folder(config: RunConfig, out: Path) -> None:
+def _make_folder(config: RunConfig, source: Source, out: Path) -> None:
     if (out / CONFIG).exists():
         raise ConfigError(f"{str(out)!r} already holds a run; continue it with --resume {out}, or give another --out")
     try:
@@ -141,6 +137,8 @@ def _make_folder(config: RunConfig, out: Path) -> None:
             f"run folder {str(out)!r} cannot be written ({error.strerror}); give another --out"
         ) from None
     write_text(out / CONFIG, to_yaml(config))
+    if isinstance(source, PreparedSource):
+        write_text(out / TOKENIZER, source.tokenizer.to_str())
 
 
 def resume_run(run: Path, *, overrides: Iterable[str] = (), observers: tuple[Observer, ...] = ()) -> FitResult:

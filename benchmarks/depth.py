@@ -8,7 +8,8 @@ run with the rule, by continuous depth batching, and at fixed depth, alternating
 
 reasoning: a reasoner with a dial (RUN, else builtin:reasoner-deep). Accuracy from half its trained depth to four times
 that, and with the exit rule that `looplm calibrate RUN` stored; wall time per answer with the rule and at full depth,
-alternating, one question at a time and 16 at a time.
+alternating, one question at a time and 16 at a time, waiting ones taking the places of those that are answered; and
+beside it in groups of 16 that wait for the longest answer.
 
 speculation: the same reasoner, one question at a time: tokens per second plain and drafted with fewer loops,
 alternating, and whether the text is the same. Both reasoner parts are timed as `looplm generate` decodes, on one
@@ -97,17 +98,22 @@ def reasoning(run: Path | None) -> dict[str, Any]:
         for batch_size in (1, 16):
             asked = [each.question for each in held_out_questions(8 if batch_size == 1 else 16, seed=7)]
             random.Random(7).shuffle(asked)
-            ways = {"full": None, "early": early}
-            seconds, _ = alternate(
-                {name: answering(reasoner, asked, batch_size=batch_size, early=way) for name, way in ways.items()},
-                n_repeats=N_REPEATS_TEXT,
-            )
+            ways = {
+                "full": answering(reasoner, asked, batch_size=batch_size),
+                "early": answering(reasoner, asked, batch_size=batch_size, early=early),
+            }
+            if batch_size > 1:
+                ways["full, in groups"] = in_groups(reasoner, asked, batch_size=batch_size)
+                ways["early, in groups"] = in_groups(reasoner, asked, batch_size=batch_size, early=early)
+            seconds, _ = alternate(ways, n_repeats=N_REPEATS_TEXT)
             ratio = statistics.median(seconds["early"]) / statistics.median(seconds["full"])
             name = f"batch {batch_size}, {'compiled' if compiled else 'plain'}"
             per_answer = {way: 1000 * statistics.median(each) / len(asked) for way, each in seconds.items()}
             timed[name] = {"ms_per_answer": per_answer, "less_wall_time": 1 - ratio}
             full, stopping = per_answer["full"], per_answer["early"]
             print(f"{name}: {full:.1f} ms an answer, {stopping:.1f} with exits, {1 - ratio:.0%} less")
+            for way in [way for way in ways if "groups" in way]:
+                print(f"{name}, {way}: {per_answer[way]:.1f} ms")
     return {
         "trained": trained,
         "dial": dial,
@@ -153,8 +159,17 @@ def accuracies(result: Result) -> dict[str, Any]:
     return {"mean": 100 * result.mean_accuracy, "n": len(result.right), "tasks": tasks}
 
 
-def answering(reasoner: Reasoner, asked: list[str], *, batch_size: int, early: EarlyExit | None) -> Callable[[], Any]:
-    """What answers all questions, `batch_size` at a time."""
+def answering(
+    reasoner: Reasoner, asked: list[str], *, batch_size: int, early: EarlyExit | None = None
+) -> Callable[[], Any]:
+    """What answers all questions, `batch_size` at a time, each that is answered making room for the next."""
+    return lambda: reasoner.answer(asked, early=early, batch_size=batch_size)
+
+
+def in_groups(
+    reasoner: Reasoner, asked: list[str], *, batch_size: int, early: EarlyExit | None = None
+) -> Callable[[], Any]:
+    """What answers all questions in groups of `batch_size`, one after another."""
     parts = [asked[start : start + batch_size] for start in range(0, len(asked), batch_size)]
     return lambda: [reasoner.answer(part, early=early) for part in parts]
 

@@ -287,6 +287,8 @@ def test_train_trains_says_where_and_resumes(tmp_path: Path, tiny_reason: list[s
         (["generate", "builtin:reasoner", "--prompt", SUM, "--draft", "1", "--exit", "latent"], "give one of them"),
         (["generate", "builtin:reasoner", "--prompt", SUM, "--draft", "2"], "leaves none of 2"),
         (["generate", "builtin:reasoner", "--prompt", SUM, "--draft", "0"], "a draft's n_loops is 0"),
+        (["generate", "builtin:reasoner", "--prompt", SUM, "--draft", "1", "--batch-size", "2"], "leave --batch-size"),
+        (["generate", "builtin:reasoner", "--prompt", SUM, "--batch-size", "0"], "batch_size is 0"),
         (["generate", "builtin:reasoner", "--prompt", SUM, "--missing", "last"], "give --exit too"),
         (["compare", "s3", "--seeds", "1"], "1 seeds give no interval"),
         (["compare", "s4"], "did you mean 's3'"),

@@ -114,6 +114,8 @@ def test_last_sees_a_prompt_as_depth_batching_does_and_batched_is_single(
             assert depth == int(expected.depths[-1])
             torch.testing.assert_close(row, expected.logits[-1, : len(row)], atol=2e-5, rtol=1e-4)
     together = generate(model, PROMPTS, eos_id=2, max_new_tokens=12, n_loops=5, early=early)
+    queued = generate(model, PROMPTS, eos_id=2, max_new_tokens=12, n_loops=5, early=early, batch_size=2)
+    assert queued == together
     for prompt, generation in zip(PROMPTS, together, strict=True):
         assert [generation] == generate(model, [prompt], eos_id=2, max_new_tokens=12, n_loops=5, early=early)
 
@@ -146,6 +148,8 @@ def test_texts_that_end_leave_the_batch(make_model: Make) -> None:
         ended = generate(model, prompts, eos_id=eos, max_new_tokens=10, n_loops=4, early=early)
         assert len({len(generation.ids) for generation in ended}) > 1
         assert len({depth for generation in free for depth in generation.depths}) > 1
+        queued = generate(model, prompts, eos_id=eos, max_new_tokens=10, n_loops=4, early=early, batch_size=5)
+        assert queued == ended
         for without, generation in zip(free, ended, strict=True):
             cut = without.ids.index(eos) + 1 if eos in without.ids else 10
             assert (generation.ids, generation.depths) == (without.ids[:cut], without.depths[:cut])

@@ -1,11 +1,13 @@
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from looplm.errors import ConfigError, DataError
+from looplm.infer.decoders import FullDepth
 from looplm.infer.engine import generate
 from looplm.infer.sampling import Sampler, SamplingConfig, keep_likely, keep_top, penalise
 from looplm.model.looped import LoopedLM
@@ -48,12 +50,57 @@ def test_rows_that_end_leave_the_batch_and_change_nothing(make_model: Callable[.
         assert generation.stopped_by == ("eos" if eos in without.ids else "length")
 
 
+def test_waiting_prompts_take_the_places_of_those_that_end(text_variant: LoopedLM) -> None:
+    check_queue(text_variant)
+
+
+@pytest.mark.parametrize("inject", ["add", "lti"])
+def test_a_prompt_in_anothers_place_runs_the_loops_that_it_left_out(
+    inject: str, make_model: Callable[..., LoopedLM]
+) -> None:
+    """Halting after few loops: what waits for a later token to run the others comes along, what was there goes."""
+    check_queue(make_model(f"inject.kind={inject}", "exit={kind: act, threshold: 0.6}", seed=1))
+
+
+def check_queue(model: LoopedLM) -> None:
+    """13 prompts of 1 to 5 tokens through 1 to 5 rows: the same tokens and depths as each alone."""
+    prompts = [[3 + (5 * number + place) % 20 for place in range(1 + number % 5)] for number in range(13)]
+    options: dict[str, Any] = {"max_new_tokens": 12, "n_loops": 5}
+    free = generate(model, prompts, eos_id=-1, **options)
+    eos = max(range(40), key=lambda token: len({tuple(g.ids).index(token) for g in free if token in g.ids}))
+    alone = [generate(model, [prompt], eos_id=eos, **options)[0] for prompt in prompts]
+    assert len({len(generation.ids) for generation in alone}) > 1
+    for batch_size in (1, 3, 5):
+        assert generate(model, prompts, eos_id=eos, batch_size=batch_size, **options) == alone
+
+
+def test_rows_are_never_more_than_the_batch_and_are_filled_while_prompts_wait(
+    make_model: Callable[..., LoopedLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ends come one after another; with 4 rows each end lets the next prompt in at once."""
+    rows: list[int] = []
+    step = FullDepth.step
+
+    def counted(self: FullDepth, tokens: torch.Tensor, *args: torch.Tensor, **where: Any) -> torch.Tensor:
+        rows.append(len(tokens))
+        return step(self, tokens, *args, **where)
+
+    monkeypatch.setattr(FullDepth, "step", counted)
+    model = make_model("seq_len=20")
+    prompts = [[5] * n_prompt for n_prompt in (4, 7, 10, 13, 16, 19, 8, 9)]
+    generate(model, prompts, eos_id=-1, max_new_tokens=50, batch_size=4)  # 16, 13, 10, 7, 4, 1, 12 and 11 tokens
+    # first tokens come with the prompts: 7 ends after 6 steps, the 4 in its place and 10 after 9, then 1 at once
+    assert rows[:15] == [4] * 15
+    assert len(rows) == 20  # two batches of four would take 15 + 11
+
+
 def test_sampling_does_not_depend_on_batch_mates_and_repeats_by_seed(make_model: Callable[..., LoopedLM]) -> None:
     model = make_model()
     sampling = SamplingConfig(temperature=1.5, seed=4)
     whole = generate(model, PROMPTS, eos_id=EOS, max_new_tokens=10, sampling=sampling)
     assert generate(model, PROMPTS, eos_id=EOS, max_new_tokens=10, sampling=sampling) == whole
     assert generate(model, PROMPTS[:2], eos_id=EOS, max_new_tokens=10, sampling=sampling) == whole[:2]
+    assert generate(model, PROMPTS, eos_id=EOS, max_new_tokens=10, sampling=sampling, batch_size=2) == whole
     other = SamplingConfig(temperature=1.5, seed=5)
     assert generate(model, PROMPTS, eos_id=EOS, max_new_tokens=10, sampling=other) != whole
 
@@ -90,6 +137,8 @@ def test_what_cannot_be_continued_is_refused(
         generate(make_model(), [[1]], eos_id=EOS, max_new_tokens=0)
     with pytest.raises(ConfigError, match="n_loops is -2"):
         generate(make_model(), [[1]], eos_id=EOS, max_new_tokens=4, n_loops=-2)
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        generate(make_model(), [[1]], eos_id=EOS, max_new_tokens=4, batch_size=0)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +193,11 @@ def test_compiled_decoding_writes_the_same_tokens(
         assert generate(compiled, PROMPTS, eos_id=EOS, max_new_tokens=20, n_loops=n_loops) == plain
     for some in (slice(2, 3), slice(1, 4)):
         assert generate(compiled, PROMPTS[some], eos_id=EOS, max_new_tokens=20, n_loops=3) == plain[some]
+    n_graphs = counters["stats"]["unique_graphs"]
+    queue = [*PROMPTS, *PROMPTS[::-1], PROMPTS[1]]  # three rows again, none of them compiled anew
+    queued = generate(compiled, queue, eos_id=EOS, max_new_tokens=20, n_loops=3, batch_size=3)
+    assert queued == [*plain, *plain[::-1], plain[1]]
+    assert counters["stats"]["unique_graphs"] == n_graphs
     assert counters["stats"]["unique_graphs"] > 0
     assert not counters["graph_break"]
     for name, weight in model.state_dict().items():

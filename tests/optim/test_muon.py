@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from looplm.optim.muon import POLAR_EXPRESS, Muon, orthogonalize
 
@@ -46,6 +47,27 @@ def test_a_stack_is_stepped_as_its_matrices() -> None:
     Muon([stack], lr=0.1).step()
     Muon(singles, lr=0.1).step()
     torch.testing.assert_close(stack.detach(), torch.stack([single.detach() for single in singles]))
+
+
+@pytest.mark.parametrize("beta2", [None, 0.9])
+def test_compiled_it_takes_the_same_steps(beta2: float | None) -> None:
+    start = [torch.randn(shape) for shape in ((16, 16), (24, 16), (16, 40), (3, 8, 12))]
+    plain, compiled = ([nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
+    optimizers = [
+        Muon(each, lr=0.1, beta2=beta2, dtype=torch.float32, compiled=each is compiled) for each in (plain, compiled)
+    ]
+    counters.clear()
+    for _ in range(3):
+        for mine, other in zip(plain, compiled, strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, other, first in zip(plain, compiled, start, strict=True):
+        assert (mine - first).norm() > 0.1
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-3)
+    assert counters["stats"]["unique_graphs"] == len(start)
+    assert not counters["graph_break"]
 
 
 def test_a_matrix_without_gradient_stays_and_a_vector_is_refused() -> None:

@@ -70,6 +70,10 @@ def generate(
     ],
     loops: Annotated[int | None, typer.Option(help="Passes through the core.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 320,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Most prompts at a time; the others take the places of those that end.", show_default="all"),
+    ] = None,
     temperature: Temperature = 0.0,
     top_k: TopK = None,
     top_p: TopP = 1.0,
@@ -82,13 +86,14 @@ def generate(
     compiled: Compile = False,
     json_out: Annotated[bool, typer.Option("--json", help="Print one JSON object a prompt.")] = False,
 ) -> None:
-    """Answer prompts, or go on with them where the run was trained on plain text; all in one batch."""
+    """Answer prompts, or go on with them where the run was trained on plain text."""
     import json
     import time
 
     import torch
 
     from looplm.checkpoint import load_run
+    from looplm.errors import ConfigError
     from looplm.eval.loops import TEXT_KINDS
     from looplm.eval.reasoning import as_reasoner
     from looplm.eval.text import as_completer
@@ -102,6 +107,8 @@ def generate(
         seed=seed,
     )
     depth = _depth(run, exit_rule=exit_rule, missing=missing, draft=draft)
+    if draft is not None and batch_size is not None:
+        raise ConfigError("--draft takes one prompt after another; leave --batch-size out")
     torch.set_num_threads(1)  # a model this small decodes no faster on two, and far slower on two busy ones
     loaded = load_run(run)
     is_text = loaded.config.get("data", {}).get("kind") in TEXT_KINDS
@@ -110,7 +117,8 @@ def generate(
         loaded.model.compile_decoding()
         typer.secho("Compiling while the first token is written: ten seconds to a minute.", dim=True, err=True)
     started = time.perf_counter()
-    replies = answer(prompt, n_loops=loops, max_new_tokens=max_new_tokens, sampling=sampling, **depth)
+    options = {"n_loops": loops, "max_new_tokens": max_new_tokens, "sampling": sampling, "batch_size": batch_size}
+    replies = answer(prompt, **options, **depth)
     seconds = time.perf_counter() - started
     for asked, reply in zip(prompt, replies, strict=True):
         if json_out:

@@ -76,9 +76,10 @@ class Completer:
         early: EarlyExit | None = None,
         draft: Draft | None = None,
         sampling: SamplingConfig | None = None,
+        batch_size: int | None = None,
         on_token: OnToken | None = None,
     ) -> list[Completion]:
-        """Go on with all prompts as one batch; `early` and `draft` as for `Reasoner.answer`.
+        """Go on with all prompts; `early`, `draft` and `batch_size` as for `Reasoner.answer`.
 
         Raises:
             ConfigError: `early` and `draft` were both given.
@@ -93,7 +94,7 @@ class Completer:
         if draft is not None:
             generations = [told.generation for told in speculate(self.model, ids, draft=draft, **options)]
         else:
-            generations = generate(self.model, ids, early=early, **options)
+            generations = generate(self.model, ids, early=early, batch_size=batch_size, **options)
         kept = [[token for token in generation.ids if token != end_id] for generation in generations]
         return [
             Completion(self.codec.decode(each), generation) for each, generation in zip(kept, generations, strict=True)

@@ -6,7 +6,7 @@ Shapes: B texts, T tokens, D width; R texts that still run loops, W tokens of ea
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor
@@ -84,6 +84,12 @@ class FullDepth:
         self.cache.keep_rows(rows)
         self.depths = [self.depths[row] for row in rows.tolist()]
 
+    def put(self, rows: list[int], new: Self, *, n_keys: int) -> None:
+        """The texts of `new`, of at most `n_keys` tokens, in place of those in `rows`; both have the same capacity."""
+        self.cache.put(torch.tensor(rows, device=self.model.embed.weight.device), new.cache, n_keys=n_keys)
+        for row, depth in zip(rows, new.depths, strict=True):
+            self.depths[row] = depth
+
     def _advance(
         self, ids: Tensor, positions: Tensor, last: list[int], *, n_keys: int, before: Tensor | None
     ) -> Tensor:
@@ -117,6 +123,10 @@ class PartialDepth(FullDepth):
     def keep_rows(self, rows: Tensor) -> None:
         super().keep_rows(rows)
         self.tokens = self.tokens.each(lambda tensor: tensor[rows])
+
+    def put(self, rows: list[int], new: Self, *, n_keys: int) -> None:
+        super().put(rows, new, n_keys=n_keys)
+        self.tokens.put(torch.tensor(rows, device=self.tokens.ids.device), new.tokens, n_keys=n_keys)
 
     def _parts(self, n_keys: int) -> LoopedLM | CompiledParts:
         """What single tokens go through."""
@@ -159,6 +169,11 @@ class StopsEarly(PartialDepth):
     def keep_rows(self, rows: Tensor) -> None:
         super().keep_rows(rows)
         self.late = [self.late[row] for row in rows.tolist()]
+
+    def put(self, rows: list[int], new: Self, *, n_keys: int) -> None:
+        super().put(rows, new, n_keys=n_keys)
+        for row, late in zip(rows, new.late, strict=True):
+            self.late[row] = late
 
     def _advance(
         self, ids: Tensor, positions: Tensor, last: list[int], *, n_keys: int, before: Tensor | None

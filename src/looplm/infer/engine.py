@@ -1,14 +1,15 @@
-"""Batched generation with a cache. Prompts of different lengths share a batch; finished rows leave it, unless
-decoding is compiled."""
+"""Batched generation with a cache. Prompts of different lengths share a batch; those that finish leave it, and waiting
+ones take their places."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from looplm.errors import DataError
+from looplm.errors import ConfigError, DataError
 from looplm.infer.decoders import EarlyExit, FullDepth, StopsEarly
 from looplm.infer.sampling import Sampler, SamplingConfig
 from looplm.model.loop.plan import LoopPlan
@@ -16,6 +17,7 @@ from looplm.model.looped import LoopedLM
 
 # Dropping finished rows copies the whole cache: worth it once a quarter of the batch has finished.
 SHRINK_BELOW = 0.75
+ADMIT_SHARE = 4  # waiting prompts join once this part of the rows is free: a prompt alone is read as slowly as several
 MIN_CAPACITY = 64  # of a compiled model's cache, doubled until it holds the longest row
 
 
@@ -43,58 +45,119 @@ def generate(
     n_loops: int | None = None,
     early: EarlyExit | None = None,
     sampling: SamplingConfig | None = None,
+    batch_size: int | None = None,
     on_token: OnToken | None = None,
 ) -> list[Generation]:
     """Continue every prompt until EOS, `max_new_tokens` or the model's seq_len. Greedy unless `sampling` is given.
-    With `early`, `n_loops` is the most that a token runs.
+    With `early`, `n_loops` is the most that a token runs. At most `batch_size` prompts are in the batch, all if None;
+    the others wait, and take the places of those that finish.
 
-    A model whose decoding is compiled (`LoopedLM.compile_decoding`) keeps its shapes: finished rows stay in the batch,
-    and the cache has one of a few capacities, all of which attention looks at.
+    A model whose decoding is compiled (`LoopedLM.compile_decoding`) keeps its shapes: finished rows stay in the batch
+    until others take their places, and the cache has one of a few capacities, all of which attention looks at.
     """
     loops = LoopPlan(model.config.n_loops if n_loops is None else n_loops).n_loops
     check_prompts(prompts, model=model, max_new_tokens=max_new_tokens)
-    device = model.embed.weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    is_compiled = model.one_token is not None
-    capacity = cache_capacity(model, int(lengths.max()), max_new_tokens)
-    decoder = (
-        FullDepth(model, batch_size=len(prompts), capacity=capacity, n_loops=loops)
-        if early is None
-        else StopsEarly(model, early, batch_size=len(prompts), capacity=capacity, n_loops=loops)
-    )
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; give 1 or more")
+    capacity = cache_capacity(model, max(map(len, prompts)), max_new_tokens)
+
+    def new_decoder(n_rows: int) -> FullDepth:
+        if early is None:
+            return FullDepth(model, batch_size=n_rows, capacity=capacity, n_loops=loops)
+        return StopsEarly(model, early, batch_size=n_rows, capacity=capacity, n_loops=loops)
+
     sampler = Sampler(sampling or SamplingConfig(), n_rows=len(prompts))
-    contexts = [list(prompt) for prompt in prompts]
-    rows = list(range(len(prompts)))  # which prompt each row of the batch is
-    active = rows
-    depths: list[list[int]] = [[] for _ in prompts]
-    logits = decoder.prefill(prompts)
-    for n_new in range(1, max_new_tokens + 1):
-        chosen = sampler.choose(logits, rows=rows, contexts=[contexts[row] for row in rows])
-        still_open = set(active)
-        for row, token, depth in zip(rows, chosen, decoder.depths, strict=True):
-            if row in still_open:
-                contexts[row].append(token)
-                depths[row].append(depth)
-                if on_token is not None:
-                    on_token(row, token)
-        active = [row for row in active if contexts[row][-1] != eos_id and len(contexts[row]) < model.config.seq_len]
-        if not active or n_new == max_new_tokens:
-            break
-        tokens = torch.tensor(chosen, device=device)
-        if len(active) < SHRINK_BELOW * len(rows) and not is_compiled:
-            still_open = set(active)
-            kept = torch.tensor([index for index, row in enumerate(rows) if row in still_open], device=device)
-            decoder.keep_rows(kept)
-            tokens, lengths, rows = tokens[kept], lengths[kept], active
-        n_keys = capacity if is_compiled else max(len(contexts[row]) for row in active)
-        before = previous_ids([contexts[row][:-1] for row in rows], n_back=model.n_back).to(device)
-        # finished rows that still sit in the batch write over their last place: harmless, nobody reads them
-        logits = decoder.step(tokens, lengths.clamp(max=capacity - 1), n_keys=n_keys, before=before)
-        lengths = lengths + 1
+    longest = model.config.seq_len
+    texts = [_Text(list(prompt), len(prompt), min(len(prompt) + max_new_tokens, longest)) for prompt in prompts]
+    batch = _Batch(texts, new_decoder, sampler=sampler, eos_id=eos_id, on_token=on_token)
+    n_rows, waiting = min(batch_size or len(prompts), len(prompts)), deque(range(len(prompts)))
+    while waiting or batch.active:
+        free = n_rows - len(batch.active)
+        if waiting and free >= min(len(waiting), max(1, n_rows // ADMIT_SHARE)):
+            batch.admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
+        else:
+            batch.step(shrink=not waiting)
     return [
-        _generation(context[len(prompt) :], depth, eos_id=eos_id)
-        for context, prompt, depth in zip(contexts, prompts, depths, strict=True)
+        Generation(text.ids[text.n_prompt :], "eos" if text.ids[-1] == eos_id else "length", text.depths)
+        for text in texts
     ]
+
+
+@dataclass
+class _Text:
+    """One prompt and what was generated for it."""
+
+    ids: list[int]
+    n_prompt: int
+    longest: int  # tokens at which it ends without EOS
+    depths: list[int] = field(default_factory=list)
+
+
+class _Batch:
+    """The texts that are gone on with together, one a row."""
+
+    def __init__(
+        self,
+        texts: list[_Text],
+        new_decoder: Callable[[int], FullDepth],
+        *,
+        sampler: Sampler,
+        eos_id: int,
+        on_token: OnToken | None,
+    ) -> None:
+        self.texts, self.new_decoder = texts, new_decoder
+        self.sampler, self.eos_id, self.on_token = sampler, eos_id, on_token
+        self.rows: list[int] = []  # which text each row is
+        self.active: set[int] = set()  # texts in the batch that have not ended
+        self.decoder: FullDepth | None = None
+
+    def admit(self, numbers: list[int]) -> None:
+        """These texts join, in rows of texts that have ended, their first tokens chosen."""
+        decoder, prompts = self.new_decoder(len(numbers)), [self.texts[number].ids for number in numbers]
+        logits = decoder.prefill(prompts)
+        depths = decoder.depths
+        if self.decoder is None:
+            self.decoder, self.rows = decoder, list(numbers)
+        else:
+            free = [row for row, number in enumerate(self.rows) if number not in self.active][: len(numbers)]
+            self.decoder.put(free, decoder, n_keys=max(map(len, prompts)))
+            for row, number in zip(free, numbers, strict=True):
+                self.rows[row] = number
+        self.active |= set(numbers)
+        self._take(numbers, logits, depths)
+
+    def step(self, *, shrink: bool) -> None:
+        """One more token for every text. With `shrink`, rows that nobody will take are left out once they are many. An
+        ended text in its row runs its last token again: harmless, nobody reads it."""
+        decoder = self.decoder
+        assert decoder is not None
+        model, device = decoder.model, decoder.model.embed.weight.device
+        is_compiled = model.one_token is not None
+        if shrink and len(self.active) < SHRINK_BELOW * len(self.rows) and not is_compiled:
+            kept = [row for row, number in enumerate(self.rows) if number in self.active]
+            decoder.keep_rows(torch.tensor(kept, device=device))
+            self.rows = [self.rows[row] for row in kept]
+        contexts = [self.texts[number].ids for number in self.rows]
+        n_keys = decoder.cache.capacity if is_compiled else max(len(self.texts[number].ids) for number in self.active)
+        tokens = torch.tensor([ids[-1] for ids in contexts], device=device)
+        positions = torch.tensor([len(ids) - 1 for ids in contexts], device=device)
+        before = previous_ids([ids[:-1] for ids in contexts], n_back=model.n_back).to(device)
+        logits = decoder.step(tokens, positions, n_keys=n_keys, before=before)
+        self._take(self.rows, logits, decoder.depths)
+
+    def _take(self, numbers: list[int], logits: Tensor, depths: list[int]) -> None:
+        """Choose the next token of these texts by logits (B, V)."""
+        chosen = self.sampler.choose(logits, rows=numbers, contexts=[self.texts[number].ids for number in numbers])
+        for number, token, depth in zip(numbers, chosen, depths, strict=True):
+            if number not in self.active:
+                continue
+            text = self.texts[number]
+            text.ids.append(token)
+            text.depths.append(depth)
+            if self.on_token is not None:
+                self.on_token(number, token)
+            if token == self.eos_id or len(text.ids) == text.longest:
+                self.active.remove(number)
 
 
 def cache_capacity(model: LoopedLM, n_prompt: int, max_new_tokens: int) -> int:
@@ -125,7 +188,3 @@ def check_prompts(prompts: Sequence[Sequence[int]], *, model: LoopedLM, max_new_
                 f"the prompt has {len(prompt)} tokens and the model's context is {model.config.seq_len}: no room is "
                 "left for an answer; shorten the prompt"
             )
-
-
-def _generation(ids: list[int], depths: list[int], *, eos_id: int) -> Generation:
-    return Generation(ids, "eos" if ids and ids[-1] == eos_id else "length", depths)

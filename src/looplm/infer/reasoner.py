@@ -48,10 +48,12 @@ class Reasoner:
         early: EarlyExit | None = None,
         draft: Draft | None = None,
         sampling: SamplingConfig | None = None,
+        batch_size: int | None = None,
         on_token: OnToken | None = None,
     ) -> list[Reply]:
-        """Answer all questions as one batch; with `early`, tokens stop loops by its rule; with `draft`, one question
-        after another by self-speculation.
+        """Answer all questions, `batch_size` at a time if given, the others taking the places of those that are
+        answered; with `early`, tokens stop loops by its rule; with `draft`, one question after another by
+        self-speculation.
 
         Raises:
             ConfigError: `early` and `draft` were both given.
@@ -64,7 +66,7 @@ class Reasoner:
         if draft is not None:
             generations = [told.generation for told in speculate(self.model, prompts, draft=draft, **options)]
         else:
-            generations = generate(self.model, prompts, early=early, **options)
+            generations = generate(self.model, prompts, early=early, batch_size=batch_size, **options)
         texts = [self.tokenizer.decode(generation.ids, skip_special_tokens=False) for generation in generations]
         return [
             Reply(parse_completion(text), text, generation) for text, generation in zip(texts, generations, strict=True)

@@ -68,6 +68,11 @@ class Behind:
         """`change` applied to every tensor."""
         return Behind(*(change(getattr(self, field.name)) for field in fields(self)))
 
+    def put(self, rows: Tensor, new: "Behind", *, n_keys: int | None = None) -> None:
+        """The first `n_keys` tokens of `new`, all if None, in these rows, in place."""
+        for field in fields(self):
+            getattr(self, field.name)[rows, :n_keys] = getattr(new, field.name)[:, :n_keys]
+
 
 def left_behind(inputs: LayerInputs, entry: Tensor, state: Tensor) -> Behind:
     """The tokens of a cached forward as they stand now."""
@@ -113,3 +118,19 @@ class KVCache:
             slot.keys, slot.values = slot.keys[rows], slot.values[rows]
         for groups in self.behind.values():
             groups[:] = [group.each(lambda tensor: tensor[rows]) for group in groups]
+
+    def put(self, rows: Tensor, new: "KVCache", *, n_keys: int) -> None:
+        """The first `n_keys` places of `new`, of the same capacity, in place of what these rows hold."""
+        for slot, other in zip(self.slots, new.slots, strict=True):
+            slot.keys[rows, :, :n_keys] = other.keys[:, :, :n_keys]
+            slot.values[rows, :, :n_keys] = other.values[:, :, :n_keys]
+        for groups in self.behind.values():
+            for group in groups:
+                group.positions = group.positions.index_fill(0, rows, self.capacity)  # those tokens are gone
+        n_rows = len(self.slots[0].keys)
+        for loop_idx, groups in new.behind.items():
+            for group in groups:
+                wide = group.each(lambda tensor: tensor.new_zeros(n_rows, *tensor.shape[1:]))
+                wide.positions.fill_(self.capacity)
+                wide.put(rows, group)
+                self.behind[loop_idx].append(wide)

@@ -61,9 +61,13 @@ class OptimizerConfig(Config):
 
 
 def make_optimizers(
-    model: nn.Module, config: OptimizerConfig, *, muon_dtype: torch.dtype = torch.bfloat16
+    model: nn.Module,
+    config: OptimizerConfig,
+    *,
+    muon_dtype: torch.dtype = torch.bfloat16,
+    muon_compiled: bool = False,
 ) -> list[Optimizer]:
-    """Optimizers that together hold every parameter once. Muon orthogonalises in `muon_dtype`.
+    """Optimizers that together hold every parameter once. Muon orthogonalises in `muon_dtype`, compiled if asked.
 
     Raises:
         ConfigError: a group's pattern matches no parameter.
@@ -90,7 +94,8 @@ def make_optimizers(
     for _, kind, scale, decay, parameter in sorted(found, key=lambda each: each[0]):
         groups.setdefault(kind, {}).setdefault((scale, decay), []).append(parameter)
     order = sorted(groups, key=lambda kind: kind in ("muon", "normuon"))
-    return [_optimizer(kind, groups[kind], config, muon_dtype=muon_dtype) for kind in order]
+    muon = {"dtype": muon_dtype, "compiled": muon_compiled}
+    return [_optimizer(kind, groups[kind], config, muon=muon) for kind in order]
 
 
 def _optimizer(
@@ -98,7 +103,7 @@ def _optimizer(
     groups: dict[tuple[float, float], list[nn.Parameter]],
     config: OptimizerConfig,
     *,
-    muon_dtype: torch.dtype,
+    muon: dict[str, Any],
 ) -> Optimizer:
     peak = {"adamw": config.adamw_lr, "lion": config.lion_lr}.get(kind, config.muon_lr)
     given: list[dict[str, Any]] = [
@@ -110,7 +115,7 @@ def _optimizer(
     if kind == "lion":
         return Lion(given, lr=peak, betas=(config.beta1, config.lion_beta2))
     beta2 = config.muon_beta2 if kind == "normuon" else None
-    return Muon(given, lr=peak, momentum=config.muon_momentum, beta2=beta2, dtype=muon_dtype)
+    return Muon(given, lr=peak, momentum=config.muon_momentum, beta2=beta2, **muon)
 
 
 def set_lr_scale(optimizers: list[Optimizer], scale: float) -> None:

@@ -6,6 +6,7 @@ torch.optim.Muon takes the same steps one matrix at a time; stacked, a small mod
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,13 +27,15 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+MAX_SHAPES = 64  # that are compiled; beyond, not compiled
 SECOND_MOMENTUM = "second_momentum_buffer"  # of NorMuon, in an optimizer's state
 Coefficients = Sequence[tuple[float, float, float]]
 
 
 class Muon(Optimizer):
     """Matrices (R, C) and stacks of them (N, R, C) only. An update has size lr * sqrt(max(1, rows / columns)) in every
-    direction; Nesterov momentum. `dtype` is what the iteration computes in.
+    direction; Nesterov momentum. `dtype` is what the iteration computes in; `compiled` compiles it, once per shape,
+    which gains nothing on a CPU, where its products are all of it (docs/log.md, 2026-11-25).
 
     With `beta2` it is NorMuon (arXiv 2510.05491) as nanochat has it: rows are brought to one size before the iteration,
     the orthogonal update is divided by the root of a running mean of its squares, over columns or rows, whichever are
@@ -51,9 +54,14 @@ class Muon(Optimizer):
         weight_decay: float = 0.0,
         beta2: float | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        compiled: bool = False,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "beta2": beta2})
-        self.dtype = dtype
+        self.orthogonalize = partial(orthogonalize, dtype=dtype)
+        if compiled:
+            self.orthogonalize = torch.compile(  # type: ignore[call-overload]
+                self.orthogonalize, dynamic=False, recompile_limit=MAX_SHAPES
+            )
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.dim() not in (2, 3):
@@ -77,7 +85,7 @@ class Muon(Optimizer):
                 if group["beta2"] is not None:
                     self._normalised(parameters, updates, rate=rate, group=group)
                     continue
-                orthogonal = orthogonalize(updates.view(-1, n_rows, n_columns), dtype=self.dtype).view(updates.shape)
+                orthogonal = self.orthogonalize(updates.view(-1, n_rows, n_columns)).view(updates.shape)
                 own = [part_of(each, like=p) for each, p in zip(orthogonal.unbind(), parameters, strict=True)]
                 weights = [local(parameter) for parameter in parameters]
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
@@ -89,7 +97,7 @@ class Muon(Optimizer):
         row_sizes = updates.norm(dim=-1, keepdim=True).clamp(min=1e-6)
         alike = updates * (updates.norm(dim=(-2, -1), keepdim=True) / n_rows**0.5 / row_sizes)
         flat = alike.view(-1, n_rows, n_columns)
-        x = orthogonalize(flat, dtype=self.dtype, coefficients=POLAR_EXPRESS).view(updates.shape)
+        x = self.orthogonalize(flat, coefficients=POLAR_EXPRESS).view(updates.shape)
         size = min(n_rows, n_columns) ** 0.5
         x = x * (size / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-6))
         squares = x.square().mean(dim=-1 if n_rows >= n_columns else -2, keepdim=True)
@@ -113,7 +121,7 @@ def orthogonalize(
     x = matrices.to(dtype)
     x = x.mT if is_tall else x
     # Polar Express diverges above 1, where rounding can take a singular value
-    room = 1.01 if coefficients is POLAR_EXPRESS else 1.0
+    room = 1.01 if coefficients == POLAR_EXPRESS else 1.0
     x = x / (room * x.norm(dim=(1, 2), keepdim=True)).clamp(min=1e-7)
     for a, b, c in coefficients:
         gram = x @ x.mT

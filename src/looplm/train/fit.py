@@ -240,7 +240,10 @@ class _Fit:
             source.level = self.position.level
         dtype = torch.bfloat16 if self.runtime.precision == "bf16" else torch.float32
         # a machine that multiplies faster in fp32 does so in the optimizer too
-        self.optimizers: list[Optimizer] = make_optimizers(model, config.optimizer, muon_dtype=dtype)
+        on_gpu = self.device.type == "cuda"  # on a CPU compiling it gains nothing
+        self.optimizers: list[Optimizer] = make_optimizers(
+            model, config.optimizer, muon_dtype=dtype, muon_compiled=on_gpu and self.runtime.compile
+        )
         if is_resumed:
             load_checkpoint(folder, model=model, optimizers=self.optimizers)
         self.average = None if config.ema is None else MovingAverage(model, decay=config.ema)

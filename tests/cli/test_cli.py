@@ -89,6 +89,12 @@ def test_generate_prints_one_object_a_prompt() -> None:
     assert first["stopped_by"] == "eos"
     assert second["answer"] == "odd"
     assert succeeds("generate", "builtin:reasoner", "--prompt", SUM, "--loops", "3").strip().endswith("132")
+    asked = [word for prompt in (SUM, "Is 7 even or odd?", SUM) for word in ("--prompt", prompt)]
+    answers = [
+        json.loads(line)["answer"]
+        for line in succeeds("generate", "builtin:reasoner", *asked, "--batch-size", "2", "--json").splitlines()
+    ]
+    assert answers == ["132", "odd", "132"]
 
 
 def test_chat_answers_and_turns_the_dial() -> None:
@@ -287,7 +293,10 @@ def test_train_trains_says_where_and_resumes(tmp_path: Path, tiny_reason: list[s
         (["generate", "builtin:reasoner", "--prompt", SUM, "--draft", "1", "--exit", "latent"], "give one of them"),
         (["generate", "builtin:reasoner", "--prompt", SUM, "--draft", "2"], "leaves none of 2"),
         (["generate", "builtin:reasoner", "--prompt", SUM, "--draft", "0"], "a draft's n_loops is 0"),
-        (["generate", "builtin:reasoner", "--prompt", SUM, "--draft", "1", "--batch-size", "2"], "leave --batch-size"),
+        (
+            ["generate", "builtin:reasoner", "--prompt", SUM, "--draft", "1", "--batch-size", "2"],
+            "leave batch_size out",
+        ),
         (["generate", "builtin:reasoner", "--prompt", SUM, "--batch-size", "0"], "batch_size is 0"),
         (["generate", "builtin:reasoner", "--prompt", SUM, "--missing", "last"], "give --exit too"),
         (["compare", "s3", "--seeds", "1"], "1 seeds give no interval"),

@@ -19,6 +19,7 @@ from looplm.infer.sampling import SamplingConfig
 from looplm.infer.speculate import Draft, speculate
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import LoopedLM
+from texts import QUEUE, spread_eos
 
 PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10], [11, 12]]
 THRESHOLDS = {"latent": 0.3, "kl": 0.02, "entropy": 3.4, "stable": 1, "gate": 0.3}
@@ -114,8 +115,6 @@ def test_last_sees_a_prompt_as_depth_batching_does_and_batched_is_single(
             assert depth == int(expected.depths[-1])
             torch.testing.assert_close(row, expected.logits[-1, : len(row)], atol=2e-5, rtol=1e-4)
     together = generate(model, PROMPTS, eos_id=2, max_new_tokens=12, n_loops=5, early=early)
-    queued = generate(model, PROMPTS, eos_id=2, max_new_tokens=12, n_loops=5, early=early, batch_size=2)
-    assert queued == together
     for prompt, generation in zip(PROMPTS, together, strict=True):
         assert [generation] == generate(model, [prompt], eos_id=2, max_new_tokens=12, n_loops=5, early=early)
 
@@ -155,6 +154,18 @@ def test_texts_that_end_leave_the_batch(make_model: Make) -> None:
             assert (generation.ids, generation.depths) == (without.ids[:cut], without.depths[:cut])
 
 
+@pytest.mark.parametrize("missing", ["recompute", "last"])
+@pytest.mark.parametrize("name", EXITING)
+def test_a_text_in_anothers_place_stops_where_it_does_alone(name: str, missing: Any, make_model: Make) -> None:
+    """21 prompts through 10 rows, two at a time."""
+    model = make_model(*parts(name, "latent"))
+    options: dict[str, Any] = {"max_new_tokens": 12, "n_loops": 5, "early": EarlyExit(rule_of("latent"), missing)}
+    eos = spread_eos(generate(model, QUEUE, eos_id=-1, **options))
+    alone = [generate(model, [prompt], eos_id=eos, **options)[0] for prompt in QUEUE]
+    assert len({len(generation.ids) for generation in alone}) > 1
+    assert generate(model, QUEUE, eos_id=eos, batch_size=10, **options) == alone
+
+
 def test_a_compiled_model_stops_where_the_plain_one_does(make_model: Make) -> None:
     model = make_model("inject.kind=diagonal")
     compiled = copy.deepcopy(model)
@@ -164,6 +175,10 @@ def test_a_compiled_model_stops_where_the_plain_one_does(make_model: Make) -> No
             early = EarlyExit(ExitRule("latent", 0.3), missing)
             plain = generate(model, prompts, eos_id=2, max_new_tokens=12, n_loops=4, early=early)
             assert generate(compiled, prompts, eos_id=2, max_new_tokens=12, n_loops=4, early=early) == plain
+    options: dict[str, Any] = {"max_new_tokens": 12, "n_loops": 4, "early": EarlyExit(ExitRule("latent", 0.3))}
+    eos = spread_eos(generate(model, QUEUE[:8], eos_id=-1, **options))
+    queues = [generate(each, QUEUE[:8], eos_id=eos, batch_size=2, **options) for each in (model, compiled)]
+    assert queues[0] == queues[1]
     plain = generate(model, PROMPTS[:1], eos_id=2, max_new_tokens=12, n_loops=4)
     (drafted,) = speculate(compiled, PROMPTS[:1], draft=Draft(1, 3), eos_id=2, max_new_tokens=12, n_loops=4)
     assert [drafted.generation] == plain

@@ -8,9 +8,11 @@ from torch._dynamo.utils import counters
 
 from looplm.errors import ConfigError, DataError
 from looplm.infer.decoders import FullDepth
-from looplm.infer.engine import generate
+from looplm.infer.engine import entering, generate
 from looplm.infer.sampling import Sampler, SamplingConfig, keep_likely, keep_top, penalise
+from looplm.model.cache import KVCache
 from looplm.model.looped import LoopedLM
+from texts import QUEUE, spread_eos
 
 PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10], [11, 12]]
 EOS = 2
@@ -56,22 +58,42 @@ def test_waiting_prompts_take_the_places_of_those_that_end(text_variant: LoopedL
 
 @pytest.mark.parametrize("inject", ["add", "lti"])
 def test_a_prompt_in_anothers_place_runs_the_loops_that_it_left_out(
-    inject: str, make_model: Callable[..., LoopedLM]
+    inject: str, make_model: Callable[..., LoopedLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Halting after few loops: what waits for a later token to run the others comes along, what was there goes."""
+    came, stays = [0], [0]
+    put = KVCache.put
+
+    def counted(self: KVCache, rows: torch.Tensor, new: KVCache, *, n_keys: int) -> None:
+        put(self, rows, new, n_keys=n_keys)
+        came.append(sum(map(len, new.behind.values())))
+        stays.append(max((group.positions.shape[1] for groups in self.behind.values() for group in groups), default=0))
+
+    monkeypatch.setattr(KVCache, "put", counted)
     check_queue(make_model(f"inject.kind={inject}", "exit={kind: act, threshold: 0.6}", seed=1))
+    assert max(came) > 0
+    assert 0 < max(stays) <= 4 * (max(map(len, QUEUE)) + 12)  # of each loop, not of every text that has been here
 
 
 def check_queue(model: LoopedLM) -> None:
-    """13 prompts of 1 to 5 tokens through 1 to 5 rows: the same tokens and depths as each alone."""
-    prompts = [[3 + (5 * number + place) % 20 for place in range(1 + number % 5)] for number in range(13)]
+    """21 prompts of 1 to 5 tokens through 1 to 10 rows: the same tokens and depths as each alone. With 10 they enter
+    two at a time, so that an ended text runs on for a while."""
     options: dict[str, Any] = {"max_new_tokens": 12, "n_loops": 5}
-    free = generate(model, prompts, eos_id=-1, **options)
-    eos = max(range(40), key=lambda token: len({tuple(g.ids).index(token) for g in free if token in g.ids}))
-    alone = [generate(model, [prompt], eos_id=eos, **options)[0] for prompt in prompts]
+    eos = spread_eos(generate(model, QUEUE, eos_id=-1, **options))
+    alone = [generate(model, [prompt], eos_id=eos, **options)[0] for prompt in QUEUE]
     assert len({len(generation.ids) for generation in alone}) > 1
-    for batch_size in (1, 3, 5):
-        assert generate(model, prompts, eos_id=eos, batch_size=batch_size, **options) == alone
+    for batch_size in (1, 3, 10):
+        heard: dict[int, list[int]] = {}
+        queued = generate(
+            model,
+            QUEUE,
+            eos_id=eos,
+            batch_size=batch_size,
+            on_token=lambda number, token, heard=heard: heard.setdefault(number, []).append(token),  # type: ignore[misc]
+            **options,
+        )
+        assert queued == alone
+        assert [heard[number] for number in range(len(QUEUE))] == [generation.ids for generation in alone]
 
 
 def test_rows_are_never_more_than_the_batch_and_are_filled_while_prompts_wait(
@@ -88,10 +110,29 @@ def test_rows_are_never_more_than_the_batch_and_are_filled_while_prompts_wait(
     monkeypatch.setattr(FullDepth, "step", counted)
     model = make_model("seq_len=20")
     prompts = [[5] * n_prompt for n_prompt in (4, 7, 10, 13, 16, 19, 8, 9)]
-    generate(model, prompts, eos_id=-1, max_new_tokens=50, batch_size=4)  # 16, 13, 10, 7, 4, 1, 12 and 11 tokens
+    queued = generate(model, prompts, eos_id=-1, max_new_tokens=50, batch_size=4)
+    assert [len(generation.ids) for generation in queued] == [16, 13, 10, 7, 4, 1, 12, 11]
     # first tokens come with the prompts: 7 ends after 6 steps, the 4 in its place and 10 after 9, then 1 at once
     assert rows[:15] == [4] * 15
     assert len(rows) == 20  # two batches of four would take 15 + 11
+    assert queued == [generate(model, [prompt], eos_id=-1, max_new_tokens=50)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("n_free", "n_waiting", "n_rows", "n_entering"),
+    [
+        (1, 9, 4, 1),
+        (1, 9, 16, 0),
+        (4, 9, 16, 4),
+        (3, 3, 16, 3),
+        (2, 3, 16, 0),
+        (16, 40, 16, 16),
+        (0, 1, 1, 0),
+        (5, 0, 8, 0),
+    ],
+)
+def test_few_wait_for_more_places_unless_few_wait(n_free: int, n_waiting: int, n_rows: int, n_entering: int) -> None:
+    assert entering(n_free, n_waiting=n_waiting, n_rows=n_rows) == n_entering
 
 
 def test_sampling_does_not_depend_on_batch_mates_and_repeats_by_seed(make_model: Callable[..., LoopedLM]) -> None:
@@ -194,10 +235,13 @@ def test_compiled_decoding_writes_the_same_tokens(
     for some in (slice(2, 3), slice(1, 4)):
         assert generate(compiled, PROMPTS[some], eos_id=EOS, max_new_tokens=20, n_loops=3) == plain[some]
     n_graphs = counters["stats"]["unique_graphs"]
-    queue = [*PROMPTS, *PROMPTS[::-1], PROMPTS[1]]  # three rows again, none of them compiled anew
-    queued = generate(compiled, queue, eos_id=EOS, max_new_tokens=20, n_loops=3, batch_size=3)
-    assert queued == [*plain, *plain[::-1], plain[1]]
-    assert counters["stats"]["unique_graphs"] == n_graphs
+    eos = spread_eos(generate(model, QUEUE[:10], eos_id=-1, max_new_tokens=20, n_loops=3))
+    queues = [
+        generate(each, QUEUE[:10], eos_id=eos, max_new_tokens=20, n_loops=3, batch_size=3) for each in (model, compiled)
+    ]
+    assert queues[0] == queues[1]
+    assert len({len(generation.ids) for generation in queues[0]}) > 1
+    assert counters["stats"]["unique_graphs"] == n_graphs  # three rows again
     assert counters["stats"]["unique_graphs"] > 0
     assert not counters["graph_break"]
     for name, weight in model.state_dict().items():

@@ -93,7 +93,6 @@ def generate(
     import torch
 
     from looplm.checkpoint import load_run
-    from looplm.errors import ConfigError
     from looplm.eval.loops import TEXT_KINDS
     from looplm.eval.reasoning import as_reasoner
     from looplm.eval.text import as_completer
@@ -107,8 +106,6 @@ def generate(
         seed=seed,
     )
     depth = _depth(run, exit_rule=exit_rule, missing=missing, draft=draft)
-    if draft is not None and batch_size is not None:
-        raise ConfigError("--draft takes one prompt after another; leave --batch-size out")
     torch.set_num_threads(1)  # a model this small decodes no faster on two, and far slower on two busy ones
     loaded = load_run(run)
     is_text = loaded.config.get("data", {}).get("kind") in TEXT_KINDS

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from looplm.data.bpe import load_tokenizer
 from looplm.data.prepare import end_of_text
-from looplm.errors import ConfigError, DataError
+from looplm.errors import DataError
 from looplm.infer.decoders import EarlyExit
-from looplm.infer.engine import Generation, OnToken, generate
+from looplm.infer.engine import Generation, OnToken
 from looplm.infer.sampling import SamplingConfig
-from looplm.infer.speculate import Draft, speculate
+from looplm.infer.speculate import Draft, generate_or_draft
 from looplm.model.looped import LoopedLM
 
 
@@ -82,19 +82,23 @@ class Completer:
         """Go on with all prompts; `early`, `draft` and `batch_size` as for `Reasoner.answer`.
 
         Raises:
-            ConfigError: `early` and `draft` were both given.
+            ConfigError: a draft was given, and `early` or `batch_size` too.
             DataError: a prompt is empty and nothing begins a text.
         """
-        if draft is not None and early is not None:
-            raise ConfigError("exits and a draft were both given, and a draft is checked at full depth: give one")
         end_id = self.codec.end_id
         ids = [self._prompt_ids(prompt) for prompt in prompts]
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "n_loops": n_loops, "sampling": sampling}
-        options |= {"eos_id": -1 if end_id is None else end_id, "on_token": on_token}
-        if draft is not None:
-            generations = [told.generation for told in speculate(self.model, ids, draft=draft, **options)]
-        else:
-            generations = generate(self.model, ids, early=early, batch_size=batch_size, **options)
+        generations = generate_or_draft(
+            self.model,
+            ids,
+            draft=draft,
+            early=early,
+            batch_size=batch_size,
+            eos_id=-1 if end_id is None else end_id,
+            max_new_tokens=max_new_tokens,
+            n_loops=n_loops,
+            sampling=sampling,
+            on_token=on_token,
+        )
         kept = [[token for token in generation.ids if token != end_id] for generation in generations]
         return [
             Completion(self.codec.decode(each), generation) for each, generation in zip(kept, generations, strict=True)

@@ -84,11 +84,9 @@ class FullDepth:
         self.cache.keep_rows(rows)
         self.depths = [self.depths[row] for row in rows.tolist()]
 
-    def put(self, rows: list[int], new: Self, *, n_keys: int) -> None:
-        """The texts of `new`, of at most `n_keys` tokens, in place of those in `rows`; both have the same capacity."""
-        self.cache.put(torch.tensor(rows, device=self.model.embed.weight.device), new.cache, n_keys=n_keys)
-        for row, depth in zip(rows, new.depths, strict=True):
-            self.depths[row] = depth
+    def put(self, rows: Tensor, new: Self, *, n_keys: int) -> None:
+        """The texts of `new`, of at most `n_keys` tokens, in place of those in `rows`."""
+        self.cache.put(rows, new.cache, n_keys=n_keys)
 
     def _advance(
         self, ids: Tensor, positions: Tensor, last: list[int], *, n_keys: int, before: Tensor | None
@@ -124,9 +122,9 @@ class PartialDepth(FullDepth):
         super().keep_rows(rows)
         self.tokens = self.tokens.each(lambda tensor: tensor[rows])
 
-    def put(self, rows: list[int], new: Self, *, n_keys: int) -> None:
+    def put(self, rows: Tensor, new: Self, *, n_keys: int) -> None:
         super().put(rows, new, n_keys=n_keys)
-        self.tokens.put(torch.tensor(rows, device=self.tokens.ids.device), new.tokens, n_keys=n_keys)
+        self.tokens.put(rows, new.tokens, n_keys=n_keys)
 
     def _parts(self, n_keys: int) -> LoopedLM | CompiledParts:
         """What single tokens go through."""
@@ -170,9 +168,9 @@ class StopsEarly(PartialDepth):
         super().keep_rows(rows)
         self.late = [self.late[row] for row in rows.tolist()]
 
-    def put(self, rows: list[int], new: Self, *, n_keys: int) -> None:
+    def put(self, rows: Tensor, new: Self, *, n_keys: int) -> None:
         super().put(rows, new, n_keys=n_keys)
-        for row, late in zip(rows, new.late, strict=True):
+        for row, late in zip(rows.tolist(), new.late, strict=True):
             self.late[row] = late
 
     def _advance(

@@ -17,7 +17,8 @@ from looplm.model.looped import LoopedLM
 
 # Dropping finished rows copies the whole cache: worth it once a quarter of the batch has finished.
 SHRINK_BELOW = 0.75
-ADMIT_SHARE = 4  # waiting prompts join once this part of the rows is free: a prompt alone is read as slowly as several
+# Those that wait enter together once this part of the rows is free, or all of them fit.
+ENTER_FROM = 0.25
 MIN_CAPACITY = 64  # of a compiled model's cache, doubled until it holds the longest row
 
 
@@ -50,7 +51,7 @@ def generate(
 ) -> list[Generation]:
     """Continue every prompt until EOS, `max_new_tokens` or the model's seq_len. Greedy unless `sampling` is given.
     With `early`, `n_loops` is the most that a token runs. At most `batch_size` prompts are in the batch, all if None;
-    the others wait, and take the places of those that finish.
+    the others wait, and take the places of those that finish. The cache's rows are as long as the longest prompt needs.
 
     A model whose decoding is compiled (`LoopedLM.compile_decoding`) keeps its shapes: finished rows stay in the batch
     until others take their places, and the cache has one of a few capacities, all of which attention looks at.
@@ -61,20 +62,20 @@ def generate(
         raise ConfigError(f"batch_size is {batch_size}; give 1 or more")
     capacity = cache_capacity(model, max(map(len, prompts)), max_new_tokens)
 
-    def new_decoder(n_rows: int) -> FullDepth:
+    def new_decoder(n_rows: int, n_places: int) -> FullDepth:
         if early is None:
-            return FullDepth(model, batch_size=n_rows, capacity=capacity, n_loops=loops)
-        return StopsEarly(model, early, batch_size=n_rows, capacity=capacity, n_loops=loops)
+            return FullDepth(model, batch_size=n_rows, capacity=n_places, n_loops=loops)
+        return StopsEarly(model, early, batch_size=n_rows, capacity=n_places, n_loops=loops)
 
+    seq_len = model.config.seq_len
+    texts = [_Text(list(prompt), len(prompt), min(len(prompt) + max_new_tokens, seq_len)) for prompt in prompts]
     sampler = Sampler(sampling or SamplingConfig(), n_rows=len(prompts))
-    longest = model.config.seq_len
-    texts = [_Text(list(prompt), len(prompt), min(len(prompt) + max_new_tokens, longest)) for prompt in prompts]
-    batch = _Batch(texts, new_decoder, sampler=sampler, eos_id=eos_id, on_token=on_token)
+    batch = _Batch(texts, new_decoder, capacity=capacity, sampler=sampler, eos_id=eos_id, on_token=on_token)
     n_rows, waiting = min(batch_size or len(prompts), len(prompts)), deque(range(len(prompts)))
     while waiting or batch.active:
-        free = n_rows - len(batch.active)
-        if waiting and free >= min(len(waiting), max(1, n_rows // ADMIT_SHARE)):
-            batch.admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
+        n_entering = entering(n_rows - len(batch.active), n_waiting=len(waiting), n_rows=n_rows)
+        if n_entering:
+            batch.admit([waiting.popleft() for _ in range(n_entering)])
         else:
             batch.step(shrink=not waiting)
     return [
@@ -83,13 +84,19 @@ def generate(
     ]
 
 
+def entering(n_free: int, *, n_waiting: int, n_rows: int) -> int:
+    """How many of those that wait enter a batch of `n_rows` now; not few at a time, unless few wait."""
+    enough = min(n_waiting, max(1, int(ENTER_FROM * n_rows)))
+    return min(n_free, n_waiting) if n_free >= enough else 0
+
+
 @dataclass
 class _Text:
     """One prompt and what was generated for it."""
 
     ids: list[int]
     n_prompt: int
-    longest: int  # tokens at which it ends without EOS
+    end: int  # tokens at which it ends without EOS
     depths: list[int] = field(default_factory=list)
 
 
@@ -99,13 +106,14 @@ class _Batch:
     def __init__(
         self,
         texts: list[_Text],
-        new_decoder: Callable[[int], FullDepth],
+        new_decoder: Callable[[int, int], FullDepth],
         *,
+        capacity: int,
         sampler: Sampler,
         eos_id: int,
         on_token: OnToken | None,
     ) -> None:
-        self.texts, self.new_decoder = texts, new_decoder
+        self.texts, self.new_decoder, self.capacity = texts, new_decoder, capacity
         self.sampler, self.eos_id, self.on_token = sampler, eos_id, on_token
         self.rows: list[int] = []  # which text each row is
         self.active: set[int] = set()  # texts in the batch that have not ended
@@ -113,22 +121,27 @@ class _Batch:
 
     def admit(self, numbers: list[int]) -> None:
         """These texts join, in rows of texts that have ended, their first tokens chosen."""
-        decoder, prompts = self.new_decoder(len(numbers)), [self.texts[number].ids for number in numbers]
-        logits = decoder.prefill(prompts)
-        depths = decoder.depths
-        if self.decoder is None:
-            self.decoder, self.rows = decoder, list(numbers)
+        prompts = [self.texts[number].ids for number in numbers]
+        longest = max(map(len, prompts))
+        if not self.active and len(numbers) >= len(self.rows):
+            self.decoder = None  # its cache goes before the next one comes
+            self.decoder = decoder = self.new_decoder(len(numbers), self.capacity)
+            self.rows = list(numbers)
+            logits = decoder.prefill(prompts)
         else:
+            assert self.decoder is not None
+            decoder = self.new_decoder(len(numbers), longest + 1)  # full, it would be compiled for this size
+            logits = decoder.prefill(prompts)
             free = [row for row, number in enumerate(self.rows) if number not in self.active][: len(numbers)]
-            self.decoder.put(free, decoder, n_keys=max(map(len, prompts)))
+            self.decoder.put(torch.tensor(free, device=logits.device), decoder, n_keys=longest)
             for row, number in zip(free, numbers, strict=True):
                 self.rows[row] = number
         self.active |= set(numbers)
-        self._take(numbers, logits, depths)
+        self._take(numbers, logits, decoder.depths)
 
     def step(self, *, shrink: bool) -> None:
         """One more token for every text. With `shrink`, rows that nobody will take are left out once they are many. An
-        ended text in its row runs its last token again: harmless, nobody reads it."""
+        ended text still in its row runs its last token again, where the others are: harmless, nobody reads it."""
         decoder = self.decoder
         assert decoder is not None
         model, device = decoder.model, decoder.model.embed.weight.device
@@ -138,9 +151,9 @@ class _Batch:
             decoder.keep_rows(torch.tensor(kept, device=device))
             self.rows = [self.rows[row] for row in kept]
         contexts = [self.texts[number].ids for number in self.rows]
-        n_keys = decoder.cache.capacity if is_compiled else max(len(self.texts[number].ids) for number in self.active)
-        tokens = torch.tensor([ids[-1] for ids in contexts], device=device)
-        positions = torch.tensor([len(ids) - 1 for ids in contexts], device=device)
+        n_keys = self.capacity if is_compiled else max(len(self.texts[number].ids) for number in self.active)
+        newest, ends = [ids[-1] for ids in contexts], [min(len(ids), n_keys) - 1 for ids in contexts]
+        tokens, positions = torch.tensor([newest, ends], device=device)
         before = previous_ids([ids[:-1] for ids in contexts], n_back=model.n_back).to(device)
         logits = decoder.step(tokens, positions, n_keys=n_keys, before=before)
         self._take(self.rows, logits, decoder.depths)
@@ -156,7 +169,7 @@ class _Batch:
             text.depths.append(depth)
             if self.on_token is not None:
                 self.on_token(number, token)
-            if token == self.eos_id or len(text.ids) == text.longest:
+            if token == self.eos_id or len(text.ids) == text.end:
                 self.active.remove(number)
 
 

@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from looplm.data.tasks.example import Completion, parse_completion, render_prompt
 from looplm.data.tokenizer import EOS_ID, reasoning_tokenizer
-from looplm.errors import ConfigError, DataError
+from looplm.errors import DataError
 from looplm.infer.decoders import EarlyExit
-from looplm.infer.engine import Generation, OnToken, generate
+from looplm.infer.engine import Generation, OnToken
 from looplm.infer.sampling import SamplingConfig
-from looplm.infer.speculate import Draft, speculate
+from looplm.infer.speculate import Draft, generate_or_draft
 from looplm.model.looped import LoopedLM
 
 MAX_NEW_TOKENS = 320  # the longest worked solution of the suite has under 256
@@ -56,17 +55,21 @@ class Reasoner:
         self-speculation.
 
         Raises:
-            ConfigError: `early` and `draft` were both given.
+            ConfigError: a draft was given, and `early` or `batch_size` too.
         """
-        if draft is not None and early is not None:
-            raise ConfigError("exits and a draft were both given, and a draft is checked at full depth: give one")
         prompts = [self.prompt_ids(question) for question in questions]
-        options: dict[str, Any] = {"eos_id": EOS_ID, "max_new_tokens": max_new_tokens, "n_loops": n_loops}
-        options |= {"sampling": sampling, "on_token": on_token}
-        if draft is not None:
-            generations = [told.generation for told in speculate(self.model, prompts, draft=draft, **options)]
-        else:
-            generations = generate(self.model, prompts, early=early, batch_size=batch_size, **options)
+        generations = generate_or_draft(
+            self.model,
+            prompts,
+            draft=draft,
+            early=early,
+            batch_size=batch_size,
+            eos_id=EOS_ID,
+            max_new_tokens=max_new_tokens,
+            n_loops=n_loops,
+            sampling=sampling,
+            on_token=on_token,
+        )
         texts = [self.tokenizer.decode(generation.ids, skip_special_tokens=False) for generation in generations]
         return [
             Reply(parse_completion(text), text, generation) for text, generation in zip(texts, generations, strict=True)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from looplm.errors import ConfigError
-from looplm.infer.decoders import PartialDepth
-from looplm.infer.engine import Generation, OnToken, cache_capacity, check_prompts, previous_ids
+from looplm.infer.decoders import EarlyExit, PartialDepth
+from looplm.infer.engine import Generation, OnToken, cache_capacity, check_prompts, generate, previous_ids
 from looplm.infer.sampling import Sampler, SamplingConfig
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import LoopedLM
@@ -96,6 +96,29 @@ def speculate(
         generation = Generation(new, "eos" if new[-1] == eos_id else "length", [loops] * len(new))
         told.append(Speculation(generation, n_drafted, n_accepted, n_rounds))
     return told
+
+
+def generate_or_draft(
+    model: LoopedLM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    draft: Draft | None,
+    early: EarlyExit | None,
+    batch_size: int | None,
+    **options: Any,
+) -> list[Generation]:
+    """`generate`, or with a draft `speculate`.
+
+    Raises:
+        ConfigError: a draft was given, and `early` or `batch_size` too.
+    """
+    if draft is None:
+        return generate(model, prompts, early=early, batch_size=batch_size, **options)
+    if early is not None:
+        raise ConfigError("exits and a draft were both given, and a draft is checked at full depth: give one")
+    if batch_size is not None:
+        raise ConfigError("a draft takes one prompt after another: leave batch_size out")
+    return [told.generation for told in speculate(model, prompts, draft=draft, **options)]
 
 
 class _Drafting(PartialDepth):

@@ -81,10 +81,24 @@ def left_behind(inputs: LayerInputs, entry: Tensor, state: Tensor) -> Behind:
     return Behind(inputs.ids, inputs.positions, inputs.first, entry, state)
 
 
+def side_by_side(groups: Sequence[Behind]) -> Behind:
+    """As one, in their order."""
+    return Behind(*(torch.cat([getattr(group, field.name) for group in groups], dim=1) for field in fields(Behind)))
+
+
+def live(tokens: Behind, *, scratch: int) -> Behind:
+    """Those not at position `scratch`, in their order, as far as rows of one width allow."""
+    is_gone = tokens.positions == scratch
+    n_live = int((~is_gone).sum(1).max())
+    order = is_gone.to(torch.int8).argsort(dim=1, stable=True)[:, :n_live]
+    each_row = torch.arange(len(order), device=order.device)[:, None]
+    return tokens.each(lambda tensor: tensor[each_row, order])
+
+
 def join(groups: Sequence[Behind], *, scratch: int) -> Behind:
     """Side by side, the newest last. Padding after a short prompt has the position of a token that came later: it is
     sent to the position `scratch`, which nobody reads."""
-    joint = Behind(*(torch.cat([getattr(group, field.name) for group in groups], dim=1) for field in fields(Behind)))
+    joint = side_by_side(groups)
     number = torch.arange(joint.positions.shape[1], device=joint.positions.device).expand_as(joint.positions)
     newest = number.new_zeros(len(number), scratch + 1).scatter_reduce(1, joint.positions, number, "amax")
     joint.positions = torch.where(newest.gather(1, joint.positions) == number, joint.positions, scratch)
@@ -120,17 +134,20 @@ class KVCache:
             groups[:] = [group.each(lambda tensor: tensor[rows]) for group in groups]
 
     def put(self, rows: Tensor, new: "KVCache", *, n_keys: int) -> None:
-        """The first `n_keys` places of `new`, of the same capacity, in place of what these rows hold."""
+        """The first `n_keys` places of `new` in place of what these rows hold there, in place. What they hold beyond
+        stays: no query looks there before its text has come so far and written over it."""
         for slot, other in zip(self.slots, new.slots, strict=True):
             slot.keys[rows, :, :n_keys] = other.keys[:, :, :n_keys]
             slot.values[rows, :, :n_keys] = other.values[:, :, :n_keys]
-        for groups in self.behind.values():
-            for group in groups:
-                group.positions = group.positions.index_fill(0, rows, self.capacity)  # those tokens are gone
         n_rows = len(self.slots[0].keys)
-        for loop_idx, groups in new.behind.items():
+        for loop_idx in {*self.behind, *new.behind}:
+            groups = self.behind[loop_idx]
             for group in groups:
+                group.positions = group.positions.index_fill(0, rows, self.capacity)  # `scratch`: those texts are gone
+            for group in new.behind.get(loop_idx, []):
                 wide = group.each(lambda tensor: tensor.new_zeros(n_rows, *tensor.shape[1:]))
                 wide.positions.fill_(self.capacity)
                 wide.put(rows, group)
-                self.behind[loop_idx].append(wide)
+                groups.append(wide)
+            if groups:
+                groups[:] = [live(side_by_side(groups), scratch=self.capacity)]

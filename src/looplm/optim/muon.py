@@ -6,7 +6,6 @@ torch.optim.Muon takes the same steps one matrix at a time; stacked, a small mod
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -57,10 +56,10 @@ class Muon(Optimizer):
         compiled: bool = False,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "beta2": beta2})
-        self.orthogonalize = partial(orthogonalize, dtype=dtype)
+        self.dtype, self.orthogonalize = dtype, orthogonalize
         if compiled:
             self.orthogonalize = torch.compile(  # type: ignore[call-overload]
-                self.orthogonalize, dynamic=False, recompile_limit=MAX_SHAPES
+                orthogonalize, dynamic=False, recompile_limit=MAX_SHAPES
             )
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -85,11 +84,11 @@ class Muon(Optimizer):
                 if group["beta2"] is not None:
                     self._normalised(parameters, updates, rate=rate, group=group)
                     continue
-                orthogonal = self.orthogonalize(updates.view(-1, n_rows, n_columns)).view(updates.shape)
-                own = [part_of(each, like=p) for each, p in zip(orthogonal.unbind(), parameters, strict=True)]
+                orthogonal = self.orthogonalize(updates.view(-1, n_rows, n_columns), dtype=self.dtype)
+                own = zip(orthogonal.view(updates.shape).unbind(), parameters, strict=True)
                 weights = [local(parameter) for parameter in parameters]
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(weights, own, alpha=-rate)
+                torch._foreach_add_(weights, [part_of(each, like=parameter) for each, parameter in own], alpha=-rate)
 
     def _normalised(self, parameters: list[Tensor], updates: Tensor, *, rate: float, group: dict[str, Any]) -> None:
         """NorMuon's step for parameters of one shape, `updates` (K, ..., R, C)."""
@@ -97,7 +96,7 @@ class Muon(Optimizer):
         row_sizes = updates.norm(dim=-1, keepdim=True).clamp(min=1e-6)
         alike = updates * (updates.norm(dim=(-2, -1), keepdim=True) / n_rows**0.5 / row_sizes)
         flat = alike.view(-1, n_rows, n_columns)
-        x = self.orthogonalize(flat, coefficients=POLAR_EXPRESS).view(updates.shape)
+        x = self.orthogonalize(flat, dtype=self.dtype, coefficients=POLAR_EXPRESS).view(updates.shape)
         size = min(n_rows, n_columns) ** 0.5
         x = x * (size / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-6))
         squares = x.square().mean(dim=-1 if n_rows >= n_columns else -2, keepdim=True)

@@ -150,4 +150,5 @@ class KVCache:
                 wide.put(rows, group)
                 groups.append(wide)
             if groups:
-                groups[:] = [live(side_by_side(groups), scratch=self.capacity)]
+                tokens = live(side_by_side(groups), scratch=self.capacity)
+                groups[:] = [tokens] if tokens.positions.shape[1] else []

@@ -157,7 +157,7 @@ def test_texts_that_end_leave_the_batch(make_model: Make) -> None:
 @pytest.mark.parametrize("missing", ["recompute", "last"])
 @pytest.mark.parametrize("name", EXITING)
 def test_a_text_in_anothers_place_stops_where_it_does_alone(name: str, missing: Any, make_model: Make) -> None:
-    """21 prompts through 10 rows, two at a time."""
+    """21 prompts through 10 rows."""
     model = make_model(*parts(name, "latent"))
     options: dict[str, Any] = {"max_new_tokens": 12, "n_loops": 5, "early": EarlyExit(rule_of("latent"), missing)}
     eos = spread_eos(generate(model, QUEUE, eos_id=-1, **options))

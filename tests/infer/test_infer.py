@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 from looplm.errors import ConfigError, DataError
 from looplm.infer.decoders import FullDepth
-from looplm.infer.engine import entering, generate
+from looplm.infer.engine import generate
 from looplm.infer.sampling import Sampler, SamplingConfig, keep_likely, keep_top, penalise
 from looplm.model.cache import KVCache
 from looplm.model.looped import LoopedLM
@@ -92,8 +92,7 @@ def test_what_texts_left_behind_goes_with_them(make_model: Callable[..., LoopedL
 
 
 def check_queue(model: LoopedLM) -> None:
-    """21 prompts of 1 to 5 tokens through 1 to 10 rows: the same tokens and depths as each alone. With 10 they enter
-    two at a time, so that an ended text runs on for a while."""
+    """21 prompts of 1 to 5 tokens through 1 to 10 rows: the same tokens and depths as each alone."""
     options: dict[str, Any] = {"max_new_tokens": 12, "n_loops": 5}
     eos = spread_eos(generate(model, QUEUE, eos_id=-1, **options))
     alone = [generate(model, [prompt], eos_id=eos, **options)[0] for prompt in QUEUE]
@@ -132,23 +131,6 @@ def test_rows_are_never_more_than_the_batch_and_are_filled_while_prompts_wait(
     assert rows[:15] == [4] * 15
     assert len(rows) == 20  # two batches of four would take 15 + 11
     assert queued == [generate(model, [prompt], eos_id=-1, max_new_tokens=50)[0] for prompt in prompts]
-
-
-@pytest.mark.parametrize(
-    ("n_free", "n_waiting", "n_rows", "n_entering"),
-    [
-        (1, 9, 4, 1),
-        (1, 9, 16, 0),
-        (4, 9, 16, 4),
-        (3, 3, 16, 3),
-        (2, 3, 16, 0),
-        (16, 40, 16, 16),
-        (0, 1, 1, 0),
-        (5, 0, 8, 0),
-    ],
-)
-def test_few_wait_for_more_places_unless_few_wait(n_free: int, n_waiting: int, n_rows: int, n_entering: int) -> None:
-    assert entering(n_free, n_waiting=n_waiting, n_rows=n_rows) == n_entering
 
 
 def test_sampling_does_not_depend_on_batch_mates_and_repeats_by_seed(make_model: Callable[..., LoopedLM]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from looplm.errors import ConfigError, DataError
-from looplm.infer.engine import SHRINK_BELOW, entering
+from looplm.infer.engine import SHRINK_BELOW
 from looplm.infer.exits import ExitRule
 from looplm.model.cache import KVCache, Slot
 from looplm.model.layer_inputs import LayerInputs
@@ -122,7 +122,8 @@ class _DepthBatch:
         all rows together, so that the batch has to be empty."""
         if self.loops_differ:
             return 0 if self.n_rows else batch_size
-        return entering(batch_size - self.n_rows, n_waiting=n_waiting, n_rows=batch_size)
+        room = batch_size - self.n_rows
+        return room if room >= min(n_waiting, max(1, batch_size // 4)) else 0
 
     def admit(self, numbers: list[int], sequences: list[Tensor], budgets: list[int]) -> None:
         """Sequences of the queue join, their first loop run."""

@@ -17,8 +17,6 @@ from looplm.model.looped import LoopedLM
 
 # Dropping finished rows copies the whole cache: worth it once a quarter of the batch has finished.
 SHRINK_BELOW = 0.75
-# Those that wait enter together once this part of the rows is free, or all of them fit.
-ENTER_FROM = 0.25
 MIN_CAPACITY = 64  # of a compiled model's cache, doubled until it holds the longest row
 
 
@@ -73,7 +71,7 @@ def generate(
     batch = _Batch(texts, new_decoder, capacity=capacity, sampler=sampler, eos_id=eos_id, on_token=on_token)
     n_rows, waiting = min(batch_size or len(prompts), len(prompts)), deque(range(len(prompts)))
     while waiting or batch.active:
-        n_entering = entering(n_rows - len(batch.active), n_waiting=len(waiting), n_rows=n_rows)
+        n_entering = min(n_rows - len(batch.active), len(waiting))
         if n_entering:
             batch.admit([waiting.popleft() for _ in range(n_entering)])
         else:
@@ -82,12 +80,6 @@ def generate(
         Generation(text.ids[text.n_prompt :], "eos" if text.ids[-1] == eos_id else "length", text.depths)
         for text in texts
     ]
-
-
-def entering(n_free: int, *, n_waiting: int, n_rows: int) -> int:
-    """How many of those that wait enter a batch of `n_rows` now; not few at a time, unless few wait."""
-    enough = min(n_waiting, max(1, int(ENTER_FROM * n_rows)))
-    return min(n_free, n_waiting) if n_free >= enough else 0
 
 
 @dataclass

@@ -125,6 +125,8 @@ def test_a_dataset_is_streamed_as_from_the_hub(tmp_path: Path) -> None:
     write(tmp_path / "validation.jsonl", lines([{"text": "v"}]))
     assert list(read_documents(f"hub:{tmp_path}")) == TEXTS
     assert list(read_documents(f"hub:{tmp_path},,validation")) == ["v"]
+    with pytest.raises(DataError, match="more than a dataset, its config and its split"):
+        parts_of("hub:some/thing,config,train,test")
     with pytest.raises(DataError, match=r"stopped answering after 0 rows.*check its name"):
         list(read_documents(f"hub:{tmp_path / 'none'}"))
 

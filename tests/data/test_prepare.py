@@ -293,6 +293,8 @@ def test_phases_follow_each_other_with_their_own_mixture_and_rows(make: Callable
     assert rows.config.longest_row == 40
     with pytest.raises(ValueError, match="without n_batches lasts for ever"):
         PreparedConfig(folders={"a": 1}, phases=[PhaseConfig(), PhaseConfig()])
+    with pytest.raises(ValueError, match="lasts as long as the run, not n_batches 7: leave that out"):
+        PreparedConfig(folders={"a": 1}, phases=[PhaseConfig(n_batches=3), PhaseConfig(n_batches=7)])
 
 
 def test_folders_of_two_tokenizers_are_refused(make: Callable[..., Path], tmp_path: Path) -> None:

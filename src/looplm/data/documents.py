@@ -38,6 +38,8 @@ def parts_of(source: str) -> list[str]:
     Raises:
         DataError: nothing is there, or it is of no known kind.
     """
+    if source.startswith(HUB) and source.count(",") > 2:
+        raise DataError(f"{source!r} names more than a dataset, its config and its split: {HUB}NAME,CONFIG,SPLIT")
     if source.startswith(HUB) or source == BUILTIN_PYTHON:
         return [source]
     path = Path(source)

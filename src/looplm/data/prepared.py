@@ -77,6 +77,11 @@ class PreparedConfig(Config):
         for phase in self.phases[:-1]:
             if phase.n_batches is None:
                 raise ValueError("a phase without n_batches lasts for ever: only the last one may")
+        if self.phases and self.phases[-1].n_batches is not None:
+            raise ValueError(
+                f"the last phase lasts as long as the run, not n_batches {self.phases[-1].n_batches}: leave that out, "
+                "and end the run with --steps or --tokens"
+            )
         for folders in (self.folders, *(phase.folders for phase in self.phases if phase.folders is not None)):
             if not 0 < len(folders) <= MOST_FOLDERS:
                 raise ValueError(f"{len(folders)} folders are mixed; give 1 to {MOST_FOLDERS}")

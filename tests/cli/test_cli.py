@@ -356,7 +356,13 @@ def test_tokenizer_train_saves_and_reports(tmp_path: Path) -> None:
 
 def test_tokenizer_train_stops_and_writes_nothing(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "looplm", "tokenizer", "train", "builtin:python", "--vocab", "30000"]
-    process = subprocess.Popen([*words, "--out", str(tmp_path / "tok")], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*words, "--out", str(tmp_path / "tok")],
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell's background jobs, and with them these tests, begin with SIGINT ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stderr is not None
     assert "reading up to 1,000 MB" in process.stderr.readline()
     process.send_signal(signal.SIGINT)

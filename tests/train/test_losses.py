@@ -115,7 +115,7 @@ def test_the_gate_s_loss_is_the_losses_of_the_loops_by_where_tokens_leave() -> N
     total, stage_two = 0.0, 0.0
     for row, token in scored:
         by_loop = [-float(each[row, token, batch.targets[row, token]]) for each in losses]
-        done = [float(model.exit.done(state)[row, token]) for state in states]  # type: ignore[index]
+        done = [float(model.exit.done(state)[row, token].detach()) for state in states]  # type: ignore[index]
         leaves = [done[0], (1 - done[0]) * done[1], (1 - done[0]) * (1 - done[1])]
         assert sum(leaves) == pytest.approx(1)
         entropy = -sum(p * math.log(p) for p in leaves)

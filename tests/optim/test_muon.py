@@ -1,11 +1,25 @@
 """Muon against torch.optim's."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
 from looplm.optim.muon import POLAR_EXPRESS, Muon, orthogonalize
+
+
+def step_alike(
+    ours: list[nn.Parameter], theirs: list[nn.Parameter], optimizers: Sequence[torch.optim.Optimizer], *, n_steps: int
+) -> None:
+    """Steps of both on the same random gradients."""
+    for _ in range(n_steps):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -17,12 +31,7 @@ def test_steps_are_those_of_torch(weight_decay: float) -> None:
         Muon(ours, lr=0.02, weight_decay=weight_decay),
         torch.optim.Muon(theirs, lr=0.02, weight_decay=weight_decay, nesterov=True, adjust_lr_fn="original"),
     )
-    for _ in range(5):
-        for mine, other in zip(ours, theirs, strict=True):
-            mine.grad = torch.randn_like(mine)
-            other.grad = mine.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
+    step_alike(ours, theirs, optimizers, n_steps=5)
     for mine, other, first in zip(ours, theirs, start, strict=True):
         assert (mine - first).norm() > 0.1
         # the iteration runs in bf16, and a batched product rounds in another order than a single one
@@ -57,12 +66,7 @@ def test_compiled_it_takes_the_same_steps(beta2: float | None) -> None:
         Muon(each, lr=0.1, beta2=beta2, dtype=torch.float32, compiled=each is compiled) for each in (plain, compiled)
     ]
     counters.clear()
-    for _ in range(3):
-        for mine, other in zip(plain, compiled, strict=True):
-            mine.grad = torch.randn_like(mine)
-            other.grad = mine.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
+    step_alike(plain, compiled, optimizers, n_steps=3)
     for mine, other, first in zip(plain, compiled, start, strict=True):
         assert (mine - first).norm() > 0.1
         torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-3)

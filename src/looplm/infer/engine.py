@@ -117,13 +117,12 @@ class _Batch:
         longest = max(map(len, prompts))
         if not self.active and len(numbers) >= len(self.rows):
             self.decoder = None  # its cache goes before the next one comes
-            self.decoder = decoder = self.new_decoder(len(numbers), self.capacity)
-            self.rows = list(numbers)
-            logits = decoder.prefill(prompts)
+        # those that join others need no more places than they have tokens; full, it would be compiled for this size
+        decoder = self.new_decoder(len(numbers), self.capacity if self.decoder is None else longest + 1)
+        logits = decoder.prefill(prompts)
+        if self.decoder is None:
+            self.decoder, self.rows = decoder, list(numbers)
         else:
-            assert self.decoder is not None
-            decoder = self.new_decoder(len(numbers), longest + 1)  # full, it would be compiled for this size
-            logits = decoder.prefill(prompts)
             free = [row for row, number in enumerate(self.rows) if number not in self.active][: len(numbers)]
             self.decoder.put(torch.tensor(free, device=logits.device), decoder, n_keys=longest)
             for row, number in zip(free, numbers, strict=True):

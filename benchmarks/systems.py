@@ -3,13 +3,14 @@
     python benchmarks/systems.py --mythos PATH --nanochat PATH --osrt PATH [--threads 2] [--json out.json]
 
 PATH is a checkout of kyegomez/OpenMythos, karpathy/nanochat or CodeHalwell/nano-osrt-100m (at cd8a10f); OpenMythos
-and Nano-OSRT v4 need `pip install transformers`. A system whose path is not given is left out. Before anything is
-timed, the two models' logits are compared. Training: theirs is timed in every mode that it runs in, and the fastest
-counts; ours in the mode that `looplm train` chooses for minutes of training on a CPU (bf16 autocast, compiled
-blocks); a step is forward, cross-entropy over all positions, backward and one AdamW update with torch's fused kernel,
-for both. Decoding: theirs as its own generate runs it, which none of them compiles; ours as `looplm generate
---compile` runs. Compiling is not timed, neither theirs nor ours. Theirs and ours take turns, and a ratio is the
-median over the rounds.
+and Nano-OSRT v4 need `pip install transformers`, nanochat `pip install rustbpe tiktoken`. A system whose path is not
+given is left out. Before anything is timed, the two models' logits are compared. Training: theirs is timed in every
+mode that it runs in, and the fastest counts; ours, compiled, in the faster of bf16 autocast and fp32, as `looplm train`
+chooses for minutes of training on a CPU; a step is forward, cross-entropy over all positions, backward and one AdamW
+update with torch's fused kernel, for both. Decoding: theirs as its own generate runs it, which none of them compiles;
+ours as `looplm generate --compile` runs. Nanochat is timed in bf16 and in fp32; against bf16, ours too is in the faster
+of the two. Compiling is not timed, neither theirs nor ours. Theirs and ours take turns, and a ratio is the median over
+the rounds.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +58,10 @@ class Case:
     their_loss: Callable[[Tensor, Tensor], Tensor]
     their_logits: Callable[[Tensor], Tensor]
     their_decode: Callable[[Tensor], object]
-    modes: tuple[str, ...] = ("fp32", "bf16", "bf16 compiled")
+    modes: tuple[str, ...] = ("fp32", "fp32 compiled", "bf16", "bf16 compiled")
     targets: tuple[float, float] = (1.0, 1.0)  # training and decode ratios to reach
     tolerance: float = 2e-4  # of the logits; nanochat computes in bf16
-    decode_dtype: torch.dtype = torch.float32  # what theirs decodes in, and so ours
+    decode_dtypes: tuple[torch.dtype, ...] = (torch.float32,)  # what ours may decode in
 
 
 def mythos(path: Path, *, n_experts: int, top_k: int) -> Case:
@@ -114,8 +116,10 @@ class NoTokenizer:
         return -1
 
 
-def nanochat(path: Path) -> Case:
-    os.environ["NANOCHAT_DTYPE"] = "bfloat16"  # read where it is imported
+def nanochat(path: Path, dtype: str) -> Case:
+    os.environ["NANOCHAT_DTYPE"] = dtype  # read where it is imported
+    for name in [name for name in sys.modules if name.partition(".")[0] == "nanochat"]:
+        del sys.modules[name]
     sys.path.insert(0, str(path))
     from nanochat.engine import Engine
     from nanochat.gpt import GPT, GPTConfig
@@ -141,8 +145,9 @@ def nanochat(path: Path) -> Case:
         return list(engine.generate(prompt[0].tolist(), len(prompt), max_tokens=N_NEW, temperature=1.0, top_k=50))
 
     state = {name: tensor.float() for name, tensor in theirs.state_dict().items()}
+    in_bf16 = dtype == "bfloat16"
     return Case(
-        "nanochat d4",
+        f"nanochat d4, {'bf16' if in_bf16 else 'fp32'}",
         theirs,
         load_foreign("nanochat", state, fields),
         1,
@@ -151,9 +156,9 @@ def nanochat(path: Path) -> Case:
         lambda ids: theirs(ids),
         decode,
         modes=("own", "own compiled"),  # its bf16 is its own, by NANOCHAT_DTYPE
-        decode_dtype=torch.bfloat16,
+        decode_dtypes=(torch.float32, torch.bfloat16) if in_bf16 else (torch.float32,),
         targets=(1.3, 3.0),
-        tolerance=0.1,
+        tolerance=0.1 if in_bf16 else 2e-4,
     )
 
 
@@ -274,7 +279,13 @@ def seconds(job: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def compare(theirs: Callable[[], object], ours: Callable[[], object], *, rounds: int) -> dict[str, float]:
+def fastest_of_three(job: Callable[[], object]) -> float:
+    """Seconds, after two that do not count."""
+    job(), job()
+    return min(seconds(job) for _ in range(3))
+
+
+def compare(theirs: Callable[[], object], ours: Callable[[], object], *, rounds: int) -> dict[str, Any]:
     """Both in turns: the median of each, and of the ratios."""
     pairs = [(seconds(theirs), seconds(ours)) for _ in range(rounds)]
     return {
@@ -284,7 +295,35 @@ def compare(theirs: Callable[[], object], ours: Callable[[], object], *, rounds:
     }
 
 
-def measure(case: Case, *, parts: list[str], rounds: int, compiles: bool, rate: float) -> dict[str, Any]:
+def measure_decoding(case: Case, *, rounds: int, generator: torch.Generator) -> dict[str, Any]:
+    """One text and 16 at once."""
+    result: dict[str, Any] = {}
+    decoders: list[LoopedLM] = []
+    for dtype in case.decode_dtypes:
+        decoders.append(copy.deepcopy(case.ours).eval().to(dtype))
+        decoders[-1].compile_decoding()
+
+    def our_decode(decoder: LoopedLM, prompt: Tensor) -> object:
+        options: dict[str, Any] = {"max_new_tokens": N_NEW, "n_loops": case.n_loops, "sampling": SAMPLING}
+        return generate(decoder, prompt.tolist(), eos_id=-1, **options)
+
+    def their_decode(prompt: Tensor) -> object:
+        with torch.inference_mode():
+            return case.their_decode(prompt)
+
+    for n_prompts in (1, 16):
+        prompt = torch.randint(0, 4000, (1, N_PROMPT), generator=generator).expand(n_prompts, -1).contiguous()
+        theirs, ours = partial(their_decode, prompt), [partial(our_decode, decoder, prompt) for decoder in decoders]
+        theirs()
+        fastest = min(ours, key=fastest_of_three)
+        numbers = compare(theirs, fastest, rounds=rounds)
+        numbers["our_dtype"] = str(case.decode_dtypes[ours.index(fastest)])
+        result[f"decode_{n_prompts}"] = numbers
+        show(f"{case.name}: decode {n_prompts} (ours {numbers['our_dtype']})", numbers, target=case.targets[1])
+    return result
+
+
+def measure(case: Case, *, parts: list[str], rounds: int, compiles: bool, rates: dict[str, float]) -> dict[str, Any]:
     """All ratios of one system."""
     generator = torch.Generator().manual_seed(0)
     n_rows, n_tokens = case.shape
@@ -298,23 +337,7 @@ def measure(case: Case, *, parts: list[str], rounds: int, compiles: bool, rate: 
     result: dict[str, Any] = {"system": case.name, "largest_logit_difference": error}
 
     if "decode" in parts:
-        decoder = copy.deepcopy(case.ours).eval().to(case.decode_dtype)
-        decoder.compile_decoding()
-    for n_prompts in (1, 16) if "decode" in parts else ():
-        prompt = torch.randint(0, 4000, (1, N_PROMPT), generator=generator).expand(n_prompts, -1).contiguous()
-        prompts = prompt.tolist()
-
-        def our_decode(prompts: list[list[int]] = prompts) -> object:
-            return generate(decoder, prompts, eos_id=-1, max_new_tokens=N_NEW, n_loops=case.n_loops, sampling=SAMPLING)
-
-        def their_decode(prompt: Tensor = prompt) -> object:
-            with torch.inference_mode():
-                return case.their_decode(prompt)
-
-        our_decode(), their_decode()
-        result[f"decode_{n_prompts}"] = compare(their_decode, our_decode, rounds=rounds)
-        show(f"{case.name}: decode {n_prompts}", result[f"decode_{n_prompts}"], target=case.targets[1])
-
+        result |= measure_decoding(case, rounds=rounds, generator=generator)
     if "train" not in parts:
         return result
     case.theirs.train(), case.ours.train()
@@ -324,8 +347,7 @@ def measure(case: Case, *, parts: list[str], rounds: int, compiles: bool, rate: 
         set_mode(case.theirs, mode)
         job = trainer(case.theirs, lambda: case.their_loss(inputs, targets), mode)
         try:
-            job(), job()
-            took = min(seconds(job) for _ in range(3))
+            took = fastest_of_three(job)
         except Exception as error:  # whatever a mode of theirs dies of is its result
             print(f"  theirs, {mode}: does not run ({type(error).__name__})")
             continue
@@ -339,20 +361,23 @@ def measure(case: Case, *, parts: list[str], rounds: int, compiles: bool, rate: 
     best()
     case.ours.compile_parts()
     batch, plan = Batch(inputs, targets), LoopPlan(case.n_loops)
-    ours = trainer(case.ours, lambda: next_token_loss(case.ours, batch, plan), "bf16")
-    ours(), ours()
-    step = compare(best, ours, rounds=2 * rounds)
+    by_mode = {
+        mode: trainer(case.ours, lambda: next_token_loss(case.ours, batch, plan), mode) for mode in ("bf16", "fp32")
+    }
+    our_mode = min(by_mode, key=lambda mode: fastest_of_three(by_mode[mode]))
+    step = compare(best, by_mode[our_mode], rounds=2 * rounds)
     states: list[Tensor] = []  # halting ends the loop early, for both
     case.ours.hidden(inputs, plan=plan, asides=Asides(), states=states)
     flops = count(case.ours.config, n_loops=len(states)).training_flops_per_token * inputs.numel()
-    step |= {"their_mode": best_mode, "share_of_matmul_rate": flops / step["ours_s"] / rate}
+    share = flops / step["ours_s"] / rates[our_mode]
+    step |= {"their_mode": best_mode, "our_mode": our_mode, "share_of_matmul_rate": share}
     result["train"] = step
-    show(f"{case.name}: train (theirs {best_mode})", step, target=case.targets[0])
-    print(f"  ours runs at {100 * step['share_of_matmul_rate']:.0f} % of the machine's bf16 matmul rate")
+    show(f"{case.name}: train (theirs {best_mode}, ours {our_mode} compiled)", step, target=case.targets[0])
+    print(f"  ours runs at {100 * share:.0f} % of the machine's {our_mode} matmul rate")
     return result
 
 
-def show(name: str, numbers: dict[str, float], *, target: float) -> None:
+def show(name: str, numbers: dict[str, Any], *, target: float) -> None:
     print(
         f"{name}: {1000 * numbers['theirs_s']:.0f} ms theirs, {1000 * numbers['ours_s']:.0f} ms ours, "
         f"{numbers['ratio']:.2f} times (to reach: {target:g})",
@@ -379,7 +404,10 @@ def main() -> None:
             ("OpenMythos, 64 experts", lambda: mythos(arguments.mythos, n_experts=64, top_k=4)),
         ]
     if arguments.nanochat:
-        cases += [("nanochat d4", lambda: nanochat(arguments.nanochat))]
+        cases += [
+            ("nanochat d4, bf16", lambda: nanochat(arguments.nanochat, "bfloat16")),
+            ("nanochat d4, fp32", lambda: nanochat(arguments.nanochat, "float32")),
+        ]
     if arguments.osrt:
         cases += [
             ("Nano-OSRT v3", lambda: osrt_v3(arguments.osrt)),
@@ -387,16 +415,16 @@ def main() -> None:
         ]
     if not cases:
         parser.error("give at least one of --mythos, --nanochat, --osrt")
-    rate = matmul_rate("cpu", torch.bfloat16)
-    print(f"{arguments.threads} threads; 1024-cubed products: {rate / 1e9:.0f} GFLOP/s in bf16, ", end="")
-    print(f"{matmul_rate('cpu', torch.float32) / 1e9:.0f} in fp32")
+    rates = {name: matmul_rate("cpu", dtype) for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))}
+    print(f"{arguments.threads} threads; 1024-cubed products: {rates['bf16'] / 1e9:.0f} GFLOP/s in bf16, ", end="")
+    print(f"{rates['fp32'] / 1e9:.0f} in fp32", flush=True)
     results = []
     for name, build in cases:
         if arguments.only is None or arguments.only in name:
             torch.manual_seed(0)
             compiles = not arguments.no_compile
             results.append(
-                measure(build(), parts=arguments.parts, rounds=arguments.rounds, compiles=compiles, rate=rate)
+                measure(build(), parts=arguments.parts, rounds=arguments.rounds, compiles=compiles, rates=rates)
             )
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -92,10 +92,10 @@ class FullDepth:
         self, ids: Tensor, positions: Tensor, last: list[int], *, n_keys: int, before: Tensor | None
     ) -> Tensor:
         """Logits after token number `last` of each text, for ids (B, T) at `positions`; what follows it is padding."""
-        hidden = self.model.hidden(
-            ids, plan=self.plan, cache=self.cache, positions=positions, n_keys=n_keys, before=before
-        )
-        return self._logits(hidden, last)
+        where: dict[str, Any] = {"cache": self.cache, "positions": positions, "n_keys": n_keys, "before": before}
+        if ids.shape[1] == 1:
+            return self.model(ids, plan=self.plan, **where).logits[:, 0, : self.model.config.n_targets]
+        return self._logits(self.model.hidden(ids, plan=self.plan, **where), last)
 
     def _logits(self, hidden: Tensor, last: list[int]) -> Tensor:
         """Of the ids that may be sampled, for hidden states (B, T, D)."""

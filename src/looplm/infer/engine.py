@@ -145,7 +145,7 @@ class _Batch:
         n_keys = self.capacity if is_compiled else max(len(self.texts[number].ids) for number in self.active)
         newest, ends = [ids[-1] for ids in contexts], [min(len(ids), n_keys) - 1 for ids in contexts]
         tokens, positions = torch.tensor([newest, ends], device=device)
-        before = previous_ids([ids[:-1] for ids in contexts], n_back=model.n_back).to(device)
+        before = previous_ids([ids[-1 - model.n_back : -1] for ids in contexts], n_back=model.n_back).to(device)
         logits = decoder.step(tokens, positions, n_keys=n_keys, before=before)
         self._take(self.rows, logits, decoder.depths)
 

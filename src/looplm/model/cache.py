@@ -106,24 +106,10 @@ def join(groups: Sequence[Behind], *, scratch: int) -> Behind:
 
 
 class KVCache:
-    """All slots of one batch. `n_slots` is `LoopedLM.n_slots(n_loops)`, `shapes` the attention's `slot_shapes`."""
+    """All slots of one batch, each with one place more than `capacity`: `scratch`."""
 
-    def __init__(
-        self,
-        *,
-        n_slots: int,
-        batch_size: int,
-        capacity: int,
-        shapes: tuple[tuple[int, int], tuple[int, int]],
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.capacity = capacity
-
-        def empty(heads: int, width: int) -> Tensor:
-            return torch.zeros(batch_size, heads, capacity + 1, width, dtype=dtype, device=device)  # + 1: `scratch`
-
-        self.slots = [Slot(*(empty(*shape) for shape in shapes)) for _ in range(n_slots)]
+    def __init__(self, slots: list[Slot], *, capacity: int) -> None:
+        self.slots, self.capacity = slots, capacity
         self.behind: defaultdict[int, list[Behind]] = defaultdict(list)  # by the loop that they have not run
 
     def keep_rows(self, rows: Tensor) -> None:

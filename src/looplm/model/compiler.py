@@ -4,11 +4,12 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor, fx, nn
 
 
 @runtime_checkable
@@ -30,3 +31,16 @@ def only_arguments(guards: Sequence[Any]) -> list[bool]:
     as they are while it decodes. Checking those took a quarter of a small model's time."""
     of_model = torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards)
     return [keep and not guard.is_global for keep, guard in zip(of_model, guards, strict=True)]
+
+
+def compile_graph(part: nn.Module, arguments: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    """A part's forward of tensors, for inference: tensors like these arguments go straight into compiled code that was
+    made for their shapes and layouts, and is not asked whether they fit."""
+    from torch import _inductor  # adds most of what importing torch takes, and only this needs it
+
+    with torch.inference_mode(False), torch.no_grad():
+        like = [torch.empty_like(argument) for argument in arguments]
+        graph = torch.export.export(part, tuple(like), strict=False).module(check_guards=False)
+        plain = fx.GraphModule(graph, graph.graph)  # what export makes cannot be found in inductor's cache
+        on_cpu = arguments[0].device.type == "cpu"
+        return _inductor.compile(plain, [*like], options={"cpp_wrapper": on_cpu})

@@ -16,7 +16,7 @@ from looplm.config import Config
 from looplm.errors import ConfigError, DataError
 from looplm.model.block import AdapterConfig, Block, BlockConfig, run_layers
 from looplm.model.cache import KVCache, Slot, join, left_behind
-from looplm.model.compiler import LaysOut, has_compiler, only_arguments
+from looplm.model.compiler import LaysOut, has_compiler
 from looplm.model.cross_entropy import LossChunk, cross_entropy
 from looplm.model.ffn import FFNConfig, ParallelConfig
 from looplm.model.init import init_weights
@@ -29,13 +29,11 @@ from looplm.model.loop.plan import LoopPlan
 from looplm.model.loop.rows import run_rows
 from looplm.model.moe import MoEConfig, total_loads
 from looplm.model.norm import RMSNorm
-from looplm.model.partial import Ran, begin, go_on
+from looplm.model.one_token import CompiledParts
+from looplm.model.partial import begin, go_on
 from looplm.model.smear import SmearConfig, make_smear
 
 BACKOUT_INIT = 0.2  # nanochat's
-# Forms of one part of a model, by batch size, capacity and number of loops; beyond, not compiled. (All models of a
-# process together: 256, dynamo's accumulated_recompile_limit.)
-MAX_COMPILED = 64
 MAX_UNROLLED = 32  # layer applications that are compiled as one; a minute of compiling at most
 
 
@@ -131,18 +129,6 @@ class LoopedOutput:
     n_loops: int
 
 
-@dataclass(frozen=True)
-class CompiledParts:
-    """`LoopedLM`'s methods of the same names, compiled."""
-
-    run: Callable[..., Tensor]
-    enter: Callable[..., tuple[Tensor, LayerInputs]]
-    loop_and_exit: Callable[..., tuple[Tensor, Asides | None]]
-    leave: Callable[..., Tensor]
-    begin: Callable[..., Ran]
-    go_on: Callable[..., Ran]
-
-
 class LoopedLM(nn.Module):
     """The whole family: which parts is the config's business, how many loops the caller's. No randomness, no training
     branch."""
@@ -218,8 +204,21 @@ class LoopedLM(nn.Module):
             plan = LoopPlan(self.config.n_loops if n_loops is None else n_loops)
         elif n_loops is not None:
             raise ConfigError(f"n_loops {n_loops} and a plan of {plan.n_loops} loops were both given; give one")
-        hidden = self.hidden(ids, plan=plan, cache=cache, positions=positions, n_keys=n_keys, before=before)
-        return LoopedOutput(self.logits(hidden), hidden, plan.n_loops)
+        parts = self._parts(ids, cache=cache, n_keys=n_keys)
+        if isinstance(parts, CompiledParts) and self._is_unrolled(plan) and before is not None:
+            assert cache is not None
+            at = self._check_cached(cache, plan=plan, positions=positions, n_keys=n_keys)
+            hidden, logits = parts.step(ids, n_loops=plan.n_loops, cache=cache, positions=at, before=before)
+        else:
+            hidden = self.hidden(ids, plan=plan, cache=cache, positions=positions, n_keys=n_keys, before=before)
+            logits = self.logits(hidden)
+        return LoopedOutput(logits, hidden, plan.n_loops)
+
+    def _parts(self, ids: Tensor, *, cache: KVCache | None, n_keys: int | None) -> "LoopedLM | CompiledParts":
+        """What a forward goes through: compiled, single tokens that look at the whole cache."""
+        if self.one_token is None or cache is None or ids.shape[1] != 1 or n_keys != cache.capacity:
+            return self
+        return self if torch.is_grad_enabled() else self.one_token
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., n_outputs or vocab_size) in fp32 for hidden states (..., D)."""
@@ -248,7 +247,7 @@ class LoopedLM(nn.Module):
     def compile_decoding(self) -> None:
         """Compile what a cached forward of one token per row runs, for inference on a CPU or a GPU: all of it as one
         where no loop can be left out and the layers are few, else begin, one loop and end, for any number of loops.
-        Each is compiled for one batch size, cache capacity, n_keys and, as one, number of loops.
+        Each is compiled for one batch size, cache capacity, n_keys and, as one, number of loops, the logits with it.
 
         A cached forward goes through it whose n_keys is the whole capacity and that is asked for nothing beside its
         output. The weights of the linear maps are laid out in memory as products of few rows read them fastest; their
@@ -268,17 +267,7 @@ class LoopedLM(nn.Module):
                 part.lay_out()
         if not self.config.tied_head:
             join_weights(self.head)
-
-        def compiled(part: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-            options["guard_filter_fn"] = only_arguments
-            # isolated, or what was compiled for one model would serve another of like shapes
-            return torch.compile(  # type: ignore[call-overload]
-                part, dynamic=False, options=options, isolate_recompiles=True, recompile_limit=MAX_COMPILED
-            )
-
-        parts = (compiled(part) for part in (self.enter, self.loop_and_exit, self.leave))
-        whole = (compiled(part, cpp_wrapper=on_cpu) for part in (self.begin, self.go_on))
-        self.one_token = CompiledParts(compiled(self.run, cpp_wrapper=on_cpu), *parts, *whole)
+        self.one_token = CompiledParts.of(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse copies and pickles of a compiled model: its compiled parts would go on with this one's weights."""
@@ -317,13 +306,11 @@ class LoopedLM(nn.Module):
             self._check_cached(cache, plan=plan, positions=positions, n_keys=n_keys)
         if plan.per_row is not None:
             self._check_rows(plan, n_rows=len(ids))
-        parts: LoopedLM | CompiledParts = self
-        if self.one_token is not None and cache is not None and ids.shape[1] == 1 and n_keys == cache.capacity:
-            parts = self.one_token if asides is None and states is None else self
-        is_whole = parts is not self and self._is_unrolled(plan)
-        return (parts.run if is_whole else self.run)(
+        asks_beside = asides is not None or states is not None
+        parts = self if self._is_unrolled(plan) or asks_beside else self._parts(ids, cache=cache, n_keys=n_keys)
+        return self.run(
             ids,
-            parts=self if is_whole else parts,
+            parts=parts,
             plan=plan,
             cache=cache,
             positions=positions,
@@ -358,7 +345,7 @@ class LoopedLM(nn.Module):
         return parts.leave(x, inputs, slots)
 
     def _is_unrolled(self, plan: LoopPlan) -> bool:
-        """Whether all loops are compiled as one."""
+        """Whether all loops are compiled as one, the step."""
         return not self.exit.can_settle and self.n_slots(plan.n_loops) <= MAX_UNROLLED
 
     def enter(
@@ -384,8 +371,8 @@ class LoopedLM(nn.Module):
             x = x - self.backout * inputs.streams[self.config.n_layers // 2]
         return self.norm(x)
 
-    def _check_cached(self, cache: KVCache, *, plan: LoopPlan, positions: Tensor | None, n_keys: int | None) -> None:
-        """Refuse what would read or write the wrong places."""
+    def _check_cached(self, cache: KVCache, *, plan: LoopPlan, positions: Tensor | None, n_keys: int | None) -> Tensor:
+        """The positions; what would read or write the wrong places is refused."""
         if len(cache.slots) != self.n_slots(plan.n_loops):
             raise ConfigError(
                 f"the cache has {len(cache.slots)} slots and {plan.n_loops} loops need {self.n_slots(plan.n_loops)}: "
@@ -399,6 +386,7 @@ class LoopedLM(nn.Module):
             raise ConfigError("a plan with recompute is for training; with a cache nothing is computed again")
         if plan.per_row is not None:
             raise ConfigError("a plan with loops per row is for training; with a cache all rows run the same number")
+        return positions
 
     def _check_rows(self, plan: LoopPlan, *, n_rows: int) -> None:
         """Refuse loops by row where they would mean nothing."""
@@ -575,14 +563,13 @@ class LoopedLM(nn.Module):
 
     def new_cache(self, *, batch_size: int, capacity: int, n_loops: int | None = None) -> KVCache:
         """An empty cache for `batch_size` rows of at most `capacity` tokens."""
-        return KVCache(
-            n_slots=self.n_slots(self.config.n_loops if n_loops is None else n_loops),
-            batch_size=batch_size,
-            capacity=capacity,
-            shapes=self.config.block.attention.slot_shapes,
-            dtype=self.embed.weight.dtype,
-            device=self.embed.weight.device,
-        )
+        weight, shapes = self.embed.weight, self.config.block.attention.slot_shapes
+
+        def slot() -> Slot:
+            return Slot(*(weight.new_zeros(batch_size, heads, capacity + 1, width) for heads, width in shapes))
+
+        n_slots = self.n_slots(self.config.n_loops if n_loops is None else n_loops)
+        return KVCache([slot() for _ in range(n_slots)], capacity=capacity)
 
     def balance(self, loads: Iterable[tuple[int, Tensor]]) -> None:
         """Move every router's bias one step towards an even load; `loads` are those of the `Asides` since the last."""

@@ -41,6 +41,7 @@ def compile_graph(part: nn.Module, arguments: Sequence[Tensor]) -> Callable[...,
     with torch.inference_mode(False), torch.no_grad():
         like = [torch.empty_like(argument) for argument in arguments]
         graph = torch.export.export(part, tuple(like), strict=False).module(check_guards=False)
-        plain = fx.GraphModule(graph, graph.graph)  # what export makes cannot be found in inductor's cache
+        # what export makes cannot be pickled, and the compiler's cache warns of it
+        plain = fx.GraphModule(graph, graph.graph)
         on_cpu = arguments[0].device.type == "cpu"
         return _inductor.compile(plain, [*like], options={"cpp_wrapper": on_cpu})

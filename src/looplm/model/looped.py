@@ -256,8 +256,7 @@ class LoopedLM(nn.Module):
         Raises:
             ConfigError: there is no C++ compiler for a model on a CPU.
         """
-        on_cpu = self.embed.weight.device.type == "cpu"
-        if on_cpu and not has_compiler():
+        if self.embed.weight.device.type == "cpu" and not has_compiler():
             raise ConfigError(
                 "compiling for a CPU needs a C++ compiler (g++, on macOS clang++, or what CXX names) and Python.h; "
                 "install them, or do without"

@@ -1,8 +1,7 @@
 """Products of rows with the matrix of the group they are in, forward and backward, and the moves around them.
 
-On a GPU this is `F.grouped_mm`. On a CPU that is a loop over groups, and in bf16 every number of rows that is new costs
-milliseconds, because oneDNN writes a kernel for it: groups have new sizes at every step. There the products are in the
-weights' own type, and groups of about one size are padded to one batched product (docs/log.md, 2026-11-21).
+All are `F.grouped_mm`. In bf16 a CPU pays milliseconds for every number of rows that is new, because oneDNN writes a
+kernel for it, and groups have new sizes at every step: there the products are in the weights' own type.
 Shapes: N rows sorted by group, E groups, `ends` (E,) running counts.
 """
 
@@ -12,10 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW = 3  # groups that are not worth a batch
-ROOM = 1.5  # rows a group may have, over the mean, to go with the batch
-MULTIPLE = 16  # of rows
-WORTH_COPYING = 64  # rows per group at which copying the matrices of a part of the groups costs less than it saves
+BYTES = 16  # a row must be a multiple of, for F.grouped_mm
 
 
 def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -66,20 +62,9 @@ def grouped_on_cpu(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 @torch.library.custom_op("looplm::grouped_outer_on_cpu", mutates_args=())
 def grouped_outer_on_cpu(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     """x_e^T y_e of the rows of every group, (E, d_in, d_out) for x (N, d_in) and y (N, d_out)."""
-    singles, batch = _split(ends)
-    out = x.new_empty(len(ends), x.shape[1], y.shape[1])
-    for group in (ends.diff(prepend=ends.new_zeros(1)) == 0).nonzero().flatten().tolist():
-        out[group].zero_()
     with torch.autocast("cpu", enabled=False):
-        for group, rows in singles:
-            torch.mm(x[rows].mT, y[rows], out=out[group])
-        if batch is not None:
-            groups, index, is_row = batch
-            outer = _rows(x, index).mT @ (_rows(y, index) * is_row[..., None])
-            if len(groups) == len(ends):
-                return outer
-            out[groups] = outer
-    return out
+        outer = F.grouped_mm(_padded(x, 1).mT, _padded(y, 1), offs=ends)
+    return outer[:, : x.shape[1], : y.shape[1]].contiguous()
 
 
 @grouped_on_cpu.register_fake
@@ -105,47 +90,16 @@ grouped_on_cpu.register_autograd(_backward, setup_context=_save)
 
 
 def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    singles, batch = _split(ends)
-    out = x.new_empty(x.shape[0], weight.shape[2])
     with torch.autocast("cpu", enabled=False):
-        for group, rows in singles:
-            torch.mm(x[rows], weight[group], out=out[rows])
-        if batch is not None:
-            groups, index, is_row = batch
-            product = _rows(x, index) @ (weight if len(groups) == len(ends) else weight[groups])
-            places = is_row.flatten().nonzero().squeeze(1)
-            out.index_copy_(0, index.flatten()[places], product.flatten(0, 1).index_select(0, places))
-    return out
+        product = F.grouped_mm(_padded(x, 1), _padded(weight, 2), offs=ends)
+    return product[:, : weight.shape[2]].contiguous()
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
-
-
-Batch = tuple[Tensor, Tensor, Tensor]
-
-
-def _split(ends: Tensor) -> tuple[list[tuple[int, slice]], Batch | None]:
-    """Groups to multiply one by one, and the others as a batch: their numbers (G,), the row at each place (G, C) and
-    whether it is one (G, C)."""
-    found, start = [], 0
-    for group, end in enumerate(ends.tolist()):
-        if end > start:
-            found.append((group, slice(start, end)))
-        start = end
-    if len(found) <= FEW:
-        return found, None
-    n_rows = start
-    room = -(-int(ROOM * n_rows / len(found)) // MULTIPLE) * MULTIPLE
-    singles = [(group, rows) for group, rows in found if rows.stop - rows.start > room]
-    others = [(group, rows) for group, rows in found if rows.stop - rows.start <= room]
-    copies = len(others) < len(ends) and room < WORTH_COPYING
-    if len(others) <= FEW or n_rows < 2 * len(found) or copies:
-        return found, None
-    first = torch.tensor([rows.start for _, rows in others])[:, None]
-    stop = torch.tensor([rows.stop for _, rows in others])[:, None]
-    index = first + torch.arange(room)
-    return singles, (torch.tensor([group for group, _ in others]), index.clamp(max=n_rows - 1), index < stop)
+def _padded(x: Tensor, n_dims: int) -> Tensor:
+    """With zeros at the end of the last dimensions, as far as F.grouped_mm asks for."""
+    multiple = BYTES // x.element_size()
+    short = [-n % multiple for n in x.shape[: -n_dims - 1 : -1]]
+    return F.pad(x, [end for n in short for end in (0, n)]) if any(short) else x
 
 
 class _Dispatch(torch.autograd.Function):

@@ -62,6 +62,7 @@ class Case:
     targets: tuple[float, float] = (1.0, 1.0)  # training and decode ratios to reach
     tolerance: float = 2e-4  # of the logits; nanochat computes in bf16
     decode_dtypes: tuple[torch.dtype, ...] = (torch.float32,)  # what ours may decode in
+    has_one_prompt: bool = False  # theirs continues one prompt, as often as asked
 
 
 def mythos(path: Path, *, n_experts: int, top_k: int) -> Case:
@@ -159,6 +160,7 @@ def nanochat(path: Path, dtype: str) -> Case:
         decode_dtypes=(torch.float32, torch.bfloat16) if in_bf16 else (torch.float32,),
         targets=(1.3, 3.0),
         tolerance=0.1 if in_bf16 else 2e-4,
+        has_one_prompt=True,
     )
 
 
@@ -312,7 +314,8 @@ def measure_decoding(case: Case, *, rounds: int, generator: torch.Generator) -> 
             return case.their_decode(prompt)
 
     for n_prompts in (1, 16):
-        prompt = torch.randint(0, 4000, (1, N_PROMPT), generator=generator).expand(n_prompts, -1).contiguous()
+        prompt = torch.randint(0, 4000, (n_prompts, N_PROMPT), generator=generator)
+        prompt = prompt[:1].repeat(n_prompts, 1) if case.has_one_prompt else prompt
         theirs, ours = partial(their_decode, prompt), [partial(our_decode, decoder, prompt) for decoder in decoders]
         theirs()
         fastest = min(ours, key=fastest_of_three)

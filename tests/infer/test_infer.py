@@ -7,8 +7,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from looplm.errors import ConfigError, DataError
-from looplm.infer.decoders import FullDepth
+from looplm.infer.decoders import EarlyExit, FullDepth
 from looplm.infer.engine import generate
+from looplm.infer.exits import ExitRule
 from looplm.infer.sampling import Sampler, SamplingConfig, keep_likely, keep_top, penalise
 from looplm.model.cache import KVCache
 from looplm.model.looped import LoopedLM
@@ -131,6 +132,38 @@ def test_rows_are_never_more_than_the_batch_and_are_filled_while_prompts_wait(
     assert rows[:15] == [4] * 15
     assert len(rows) == 20  # two batches of four would take 15 + 11
     assert queued == [generate(model, [prompt], eos_id=-1, max_new_tokens=50)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("part", "exits"),
+    [
+        ("exit={kind: act, threshold: 0.6}", None),
+        ("smear={kind: channel, n_back: 2}", None),
+        ("smear={kind: channel, n_back: 2}", "recompute"),
+        ("inject.kind=lti", "last"),
+    ],
+)
+def test_a_prompt_of_many_texts_runs_once_and_they_part_from_there(
+    part: str, exits: Any, make_model: Callable[..., LoopedLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same as one text after another, where no two share anything."""
+    model = make_model(part, seed=1)
+    early = None if exits is None else EarlyExit(ExitRule("latent", 0.3), exits)
+    options: dict[str, Any] = {"eos_id": EOS, "max_new_tokens": 12, "n_loops": 5, "early": early}
+    options["sampling"] = SamplingConfig(temperature=1.5)
+    prompts = [[5, 6, 7], [9], [5, 6, 7], [5, 6, 7], [9], [11, 12]]
+    ran: list[int] = []
+    prefill = FullDepth.prefill
+
+    def counted(self: FullDepth, prompts: Any) -> torch.Tensor:
+        ran.append(len(prompts))
+        return prefill(self, prompts)
+
+    monkeypatch.setattr(FullDepth, "prefill", counted)
+    together = generate(model, prompts, **options)
+    assert ran == [3]
+    assert together == generate(model, prompts, batch_size=1, **options)
+    assert together[0].ids != together[2].ids
 
 
 def test_sampling_does_not_depend_on_batch_mates_and_repeats_by_seed(make_model: Callable[..., LoopedLM]) -> None:

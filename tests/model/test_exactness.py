@@ -210,7 +210,7 @@ def test_settled_tokens_skip_loops_and_make_up_for_them_when_needed(
     for step in range(n_steps):
         new = torch.randint(0, 40, (3, 1), generator=torch.Generator().manual_seed(step))
         if step == 4:
-            cache.keep_rows(torch.tensor([0, 2]))
+            cache.take_rows(torch.tensor([0, 2]))
             lengths, texts = lengths[[0, 2]], [texts[0], texts[2]]
         new = new[: len(texts)]
         widths.clear()

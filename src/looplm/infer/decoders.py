@@ -79,9 +79,9 @@ class FullDepth:
         last = [0] * len(tokens)
         return self._advance(tokens[:, None], positions[:, None], last, n_keys=n_keys, before=before)
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Keep only these texts."""
-        self.cache.keep_rows(rows)
+    def take_rows(self, rows: Tensor) -> None:
+        """These texts, in this order, once each or often."""
+        self.cache.take_rows(rows)
         self.depths = [self.depths[row] for row in rows.tolist()]
 
     def put(self, rows: Tensor, new: Self, *, n_keys: int) -> None:
@@ -118,8 +118,8 @@ class PartialDepth(FullDepth):
         first, entry, state = (weight.new_zeros(*at.shape, model.config.d_model) for _ in range(3))
         self.tokens = Behind(torch.zeros_like(at), at, first, entry, state)
 
-    def keep_rows(self, rows: Tensor) -> None:
-        super().keep_rows(rows)
+    def take_rows(self, rows: Tensor) -> None:
+        super().take_rows(rows)
         self.tokens = self.tokens.each(lambda tensor: tensor[rows])
 
     def put(self, rows: Tensor, new: Self, *, n_keys: int) -> None:
@@ -164,9 +164,9 @@ class StopsEarly(PartialDepth):
         self.late: list[dict[int, list[int]]] = [{} for _ in range(batch_size)]
         """Of each text, the places of tokens that stopped, by the loop that they run next."""
 
-    def keep_rows(self, rows: Tensor) -> None:
-        super().keep_rows(rows)
-        self.late = [self.late[row] for row in rows.tolist()]
+    def take_rows(self, rows: Tensor) -> None:
+        super().take_rows(rows)
+        self.late = [{loop_idx: [*places] for loop_idx, places in self.late[row].items()} for row in rows.tolist()]
 
     def put(self, rows: Tensor, new: Self, *, n_keys: int) -> None:
         super().put(rows, new, n_keys=n_keys)

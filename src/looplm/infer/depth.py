@@ -199,7 +199,7 @@ class _DepthBatch:
         assert self.rows is not None
         kept = (~is_done).nonzero().flatten()
         self.rows = self.rows.select(kept)
-        self.cache.keep_rows(kept)
+        self.cache.take_rows(kept)
 
     def _inputs(self, ids: Tensor, first: Tensor, positions: Tensor) -> LayerInputs:
         """What the layers share over tokens at `positions`, in the loop that is next."""

@@ -112,14 +112,21 @@ class _Batch:
         self.decoder: FullDepth | None = None
 
     def admit(self, numbers: list[int]) -> None:
-        """These texts join, in rows of texts that have ended, their first tokens chosen."""
-        prompts = [self.texts[number].ids for number in numbers]
+        """These texts join, in rows of texts that have ended, their first tokens chosen. Each prompt runs once, however
+        many of them begin with it."""
+        every = [tuple(self.texts[number].ids) for number in numbers]
+        prompts = list(dict.fromkeys(every))
         longest = max(map(len, prompts))
         if not self.active and len(numbers) >= len(self.rows):
             self.decoder = None  # its cache goes before the next one comes
         # those that join others need no more places than they have tokens; full, it would be compiled for this size
-        decoder = self.new_decoder(len(numbers), self.capacity if self.decoder is None else longest + 1)
+        decoder = self.new_decoder(len(prompts), self.capacity if self.decoder is None else longest + 1)
         logits = decoder.prefill(prompts)
+        if len(prompts) < len(every):
+            row_of = {prompt: row for row, prompt in enumerate(prompts)}
+            rows = torch.tensor([row_of[prompt] for prompt in every], device=logits.device)
+            decoder.take_rows(rows)
+            logits = logits[rows]
         if self.decoder is None:
             self.decoder, self.rows = decoder, list(numbers)
         else:
@@ -139,7 +146,7 @@ class _Batch:
         is_compiled = model.one_token is not None
         if shrink and len(self.active) < SHRINK_BELOW * len(self.rows) and not is_compiled:
             kept = [row for row, number in enumerate(self.rows) if number in self.active]
-            decoder.keep_rows(torch.tensor(kept, device=device))
+            decoder.take_rows(torch.tensor(kept, device=device))
             self.rows = [self.rows[row] for row in kept]
         contexts = [self.texts[number].ids for number in self.rows]
         n_keys = self.capacity if is_compiled else max(len(self.texts[number].ids) for number in self.active)

@@ -112,8 +112,8 @@ class KVCache:
         self.slots, self.capacity = slots, capacity
         self.behind: defaultdict[int, list[Behind]] = defaultdict(list)  # by the loop that they have not run
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Keep only these rows of the batch: finished sequences stop costing anything."""
+    def take_rows(self, rows: Tensor) -> None:
+        """These rows of the batch, in this order, once each or often: those left out stop costing anything."""
         for slot in self.slots:
             slot.keys, slot.values = slot.keys[rows], slot.values[rows]
         for groups in self.behind.values():

@@ -175,7 +175,8 @@ def cache_capacity(model: LoopedLM, n_prompt: int, max_new_tokens: int) -> int:
     """Places of a cache for a prompt of n_prompt tokens and what follows: one of a few for a compiled model."""
     capacity = n_prompt + max_new_tokens
     if model.one_token is not None:
-        capacity = max(MIN_CAPACITY, 2 ** (capacity - 1).bit_length())
+        half = 2 ** (max(capacity, MIN_CAPACITY) - 1).bit_length() // 4
+        capacity = max(MIN_CAPACITY, -(-capacity // half) * half)
     return min(capacity, model.config.seq_len)
 
 

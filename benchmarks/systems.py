@@ -300,10 +300,6 @@ def compare(theirs: Callable[[], object], ours: Callable[[], object], *, rounds:
 def measure_decoding(case: Case, *, rounds: int, generator: torch.Generator) -> dict[str, Any]:
     """One text and 16 at once."""
     result: dict[str, Any] = {}
-    decoders: list[LoopedLM] = []
-    for dtype in case.decode_dtypes:
-        decoders.append(copy.deepcopy(case.ours).eval().to(dtype))
-        decoders[-1].compile_decoding()
 
     def our_decode(decoder: LoopedLM, prompt: Tensor) -> object:
         options: dict[str, Any] = {"max_new_tokens": N_NEW, "n_loops": case.n_loops, "sampling": SAMPLING}
@@ -316,6 +312,10 @@ def measure_decoding(case: Case, *, rounds: int, generator: torch.Generator) -> 
     for n_prompts in (1, 16):
         prompt = torch.randint(0, 4000, (n_prompts, N_PROMPT), generator=generator)
         prompt = prompt[:1].repeat(n_prompts, 1) if case.has_one_prompt else prompt
+        decoders: list[LoopedLM] = []
+        for dtype in case.decode_dtypes:
+            decoders.append(copy.deepcopy(case.ours).eval().to(dtype))
+            decoders[-1].compile_decoding(n_rows=n_prompts)
         theirs, ours = partial(their_decode, prompt), [partial(our_decode, decoder, prompt) for decoder in decoders]
         theirs()
         fastest = min(ours, key=fastest_of_three)

@@ -12,6 +12,7 @@ from looplm.infer.engine import generate
 from looplm.infer.exits import ExitRule
 from looplm.infer.sampling import Sampler, SamplingConfig, keep_likely, keep_top, penalise
 from looplm.model.cache import KVCache
+from looplm.model.linear import Linear
 from looplm.model.looped import LoopedLM
 from texts import QUEUE, spread_eos
 
@@ -282,6 +283,43 @@ def test_compiled_decoding_writes_the_same_tokens(
     assert not counters["graph_break"]
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(compiled.state_dict()[name], weight, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("max_unrolled", [0, 99], ids=["parts", "step"])
+def test_compiled_for_many_rows_writes_the_same_tokens(
+    max_unrolled: int, make_model: Callable[..., LoopedLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 rows, whose products are the other way round, and 3, whose are not; the weights stay as they are."""
+    monkeypatch.setattr("looplm.model.looped.MAX_UNROLLED", max_unrolled)
+    overrides = ["block.linear={kind: hra, rank: 4, scale: 0.3}", "tied_head=false"]
+    model, compiled = make_model(*overrides), make_model(*overrides)
+    compiled.compile_decoding(n_rows=16)
+    turned: list[int] = []
+    monkeypatch.setattr(Linear, "forward", watched(turned))
+    for prompts in (QUEUE[:16], QUEUE[:3]):
+        plain = generate(model, prompts, eos_id=EOS, max_new_tokens=9, n_loops=2)
+        assert not turned
+        assert generate(compiled, prompts, eos_id=EOS, max_new_tokens=9, n_loops=2) == plain
+        assert set(turned) == ({16} if len(prompts) == 16 else set())
+        turned.clear()
+    for each in (model, compiled):
+        each(torch.tensor([PROMPTS[2] * 2])).logits.square().mean().backward()
+    for one, other in zip(model.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(other, one, atol=0, rtol=0)
+        torch.testing.assert_close(other.grad, one.grad)
+
+
+def watched(turned: list[int]) -> Callable[[Linear, torch.Tensor], torch.Tensor]:
+    """`Linear.forward` that notes the rows whose product comes out by column, which is W x^T the other way round."""
+    forward = Linear.forward
+
+    def noting(self: Linear, x: torch.Tensor) -> torch.Tensor:
+        y = forward(self, x)
+        if self.out_features > 1 and y.stride(-1) != 1:
+            turned.append(x.shape[:-1].numel())
+        return y
+
+    return noting
 
 
 def test_what_is_compiled_for_one_model_does_not_serve_another(make_model: Callable[..., LoopedLM]) -> None:

@@ -111,7 +111,7 @@ def generate(
     is_text = loaded.config.get("data", {}).get("kind") in TEXT_KINDS
     answer: Any = as_completer(loaded, run=run).complete if is_text else as_reasoner(loaded, run=run).answer
     if compiled:
-        loaded.model.compile_decoding()
+        loaded.model.compile_decoding(n_rows=min(len(prompt), batch_size or len(prompt)))
         typer.secho("Compiling while the first token is written: ten seconds to a minute.", dim=True, err=True)
     started = time.perf_counter()
     options = {"n_loops": loops, "max_new_tokens": max_new_tokens, "sampling": sampling, "batch_size": batch_size}

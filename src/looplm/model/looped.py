@@ -21,7 +21,7 @@ from looplm.model.cross_entropy import LossChunk, cross_entropy
 from looplm.model.ffn import FFNConfig, ParallelConfig
 from looplm.model.init import init_weights
 from looplm.model.layer_inputs import Asides, LayerInputs, Place, layer_inputs
-from looplm.model.linear import LowRankConfig, join_weights
+from looplm.model.linear import MANY_ROWS, MOST_ROWS, Linear, LowRankConfig, join_weights
 from looplm.model.loop.adapter import LoopLoRA, LoopLoRAConfig
 from looplm.model.loop.exit import ExitConfig, Halting, NoExitConfig, check_last_state, make_exit
 from looplm.model.loop.inject import InjectConfig, NoInjectConfig, make_inject
@@ -149,7 +149,7 @@ class LoopedLM(nn.Module):
         self.coda = self._layers(config.n_coda, first=config.n_prelude + config.n_core)
         self.backout = nn.Parameter(torch.empty(1)) if config.backout else None
         self.norm = RMSNorm(config.d_model, eps=eps, has_weight=has_weight)
-        self.head = nn.Linear(config.d_model, config.n_outputs or config.n_embeddings, bias=False)
+        self.head = Linear(config.d_model, config.n_outputs or config.n_embeddings)
         self.loss_chunk = LossChunk()
         self.one_token: CompiledParts | None = None  # what cached single tokens go through, once compiled
         self._finish()
@@ -244,28 +244,36 @@ class LoopedLM(nn.Module):
             block.compile(dynamic=None if rows_vary else False)
         self.loss_chunk = LossChunk(compiled=True)
 
-    def compile_decoding(self) -> None:
+    def compile_decoding(self, *, n_rows: int = 1) -> None:
         """Compile what a cached forward of one token per row runs, for inference on a CPU or a GPU: all of it as one
         where no loop can be left out and the layers are few, else begin, one loop and end, for any number of loops.
         Each is compiled for one batch size, cache capacity, n_keys and, as one, number of loops, the logits with it.
 
         A cached forward goes through it whose n_keys is the whole capacity and that is asked for nothing beside its
-        output. The weights of the linear maps are laid out in memory as products of few rows read them fastest; their
-        values and names stay. From then on the model can be neither copied nor moved to another device or type.
+        output. The weights of the linear maps are laid out in memory as products of few rows read them fastest, or left
+        as they are if `n_rows`, the texts that will mostly be decoded together, are many; their values and names stay.
+        From then on the model can be neither copied nor moved to another device or type.
 
         Raises:
             ConfigError: there is no C++ compiler for a model on a CPU.
         """
-        if self.embed.weight.device.type == "cpu" and not has_compiler():
+        weight = self.embed.weight
+        on_cpu = weight.device.type == "cpu"
+        if on_cpu and not has_compiler():
             raise ConfigError(
                 "compiling for a CPU needs a C++ compiler (g++, on macOS clang++, or what CXX names) and Python.h; "
                 "install them, or do without"
             )
-        for part in self.modules():
-            if isinstance(part, LaysOut):
-                part.lay_out()
-        if not self.config.tied_head:
-            join_weights(self.head)
+        if on_cpu and weight.dtype == torch.float32 and MANY_ROWS <= n_rows <= MOST_ROWS:
+            for part in self.modules():
+                if isinstance(part, Linear):
+                    part.for_many_rows = True
+        else:
+            for part in self.modules():
+                if isinstance(part, LaysOut):
+                    part.lay_out()
+            if not self.config.tied_head:
+                join_weights(self.head)
         self.one_token = CompiledParts.of(self)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -26,9 +26,10 @@ def case(loads: list[int], *, d_in: int, d_out: int) -> tuple[Tensor, Tensor, Te
     return x, weight, torch.tensor(loads).cumsum(0).int(), out_grad, torch.einsum("nd,ndf->nf", x, weight[group])
 
 
+@pytest.mark.parametrize(("d_in", "d_out"), [(6, 5), (16, 8)])
 @pytest.mark.parametrize("loads", SPREADS.values(), ids=SPREADS)
-def test_products_and_gradients_are_those_of_a_loop(loads: list[int]) -> None:
-    x, weight, ends, out_grad, expected = case(loads, d_in=6, d_out=5)
+def test_products_and_gradients_are_those_of_a_loop(loads: list[int], d_in: int, d_out: int) -> None:
+    x, weight, ends, out_grad, expected = case(loads, d_in=d_in, d_out=d_out)
     ours = grouped(x, weight, ends)
     torch.testing.assert_close(ours, expected)
     for one, two in zip(
@@ -58,6 +59,17 @@ def test_a_gpus_way_is_the_same_and_keeps_no_copy_of_the_weights(loads: list[int
     ):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one, two, rtol=0.05, atol=0.2)
+
+
+def test_rows_and_gradients_may_be_views() -> None:
+    """A transposed x, and the gradient of a sum, whose strides are 0."""
+    x, weight, ends, _, expected = case([3, 0, 5], d_in=16, d_out=8)
+    ours = grouped(x.mT.contiguous().mT, weight, ends)
+    torch.testing.assert_close(ours, expected)
+    for one, two in zip(
+        torch.autograd.grad(ours.sum(), (x, weight)), torch.autograd.grad(expected.sum(), (x, weight)), strict=True
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
 def test_moving_rows_to_their_groups_and_back() -> None:

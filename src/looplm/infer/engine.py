@@ -17,7 +17,7 @@ from looplm.model.looped import LoopedLM
 
 # Dropping finished rows copies the whole cache: worth it once a quarter of the batch has finished.
 SHRINK_BELOW = 0.75
-MIN_CAPACITY = 64  # of a compiled model's cache, doubled until it holds the longest row
+MIN_CAPACITY = 64  # of a compiled model's cache; longer ones are a power of two, or one and a half times one
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ class _Batch:
         """These texts join, in rows of texts that have ended, their first tokens chosen. Each prompt runs once, however
         many of them begin with it."""
         every = [tuple(self.texts[number].ids) for number in numbers]
-        prompts = list(dict.fromkeys(every))
+        row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(every))}
+        prompts = list(row_of)
         longest = max(map(len, prompts))
         if not self.active and len(numbers) >= len(self.rows):
             self.decoder = None  # its cache goes before the next one comes
@@ -123,7 +124,6 @@ class _Batch:
         decoder = self.new_decoder(len(prompts), self.capacity if self.decoder is None else longest + 1)
         logits = decoder.prefill(prompts)
         if len(prompts) < len(every):
-            row_of = {prompt: row for row, prompt in enumerate(prompts)}
             rows = torch.tensor([row_of[prompt] for prompt in every], device=logits.device)
             decoder.take_rows(rows)
             logits = logits[rows]
@@ -175,8 +175,9 @@ def cache_capacity(model: LoopedLM, n_prompt: int, max_new_tokens: int) -> int:
     """Places of a cache for a prompt of n_prompt tokens and what follows: one of a few for a compiled model."""
     capacity = n_prompt + max_new_tokens
     if model.one_token is not None:
-        half = 2 ** (max(capacity, MIN_CAPACITY) - 1).bit_length() // 4
-        capacity = max(MIN_CAPACITY, -(-capacity // half) * half)
+        capacity = max(capacity, MIN_CAPACITY)
+        half = 2 ** (capacity - 1).bit_length() // 4  # of the power of two below
+        capacity = -(-capacity // half) * half
     return min(capacity, model.config.seq_len)
 
 

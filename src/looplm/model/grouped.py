@@ -63,7 +63,7 @@ def grouped_on_cpu(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def grouped_outer_on_cpu(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     """x_e^T y_e of the rows of every group, (E, d_in, d_out) for x (N, d_in) and y (N, d_out)."""
     with torch.autocast("cpu", enabled=False):
-        outer = F.grouped_mm(_padded(x, 1).mT, _padded(y, 1), offs=ends)
+        outer = F.grouped_mm(_padded(x.contiguous(), 1).mT, _padded(y.contiguous(), 1), offs=ends)
     return outer[:, : x.shape[1], : y.shape[1]].contiguous()
 
 
@@ -91,7 +91,7 @@ grouped_on_cpu.register_autograd(_backward, setup_context=_save)
 
 def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     with torch.autocast("cpu", enabled=False):
-        product = F.grouped_mm(_padded(x, 1), _padded(weight, 2), offs=ends)
+        product = F.grouped_mm(_padded(x.contiguous(), 1), _padded(weight, 2), offs=ends)
     return product[:, : weight.shape[2]].contiguous()
 
 

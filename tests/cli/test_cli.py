@@ -10,21 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from commands import looplm, succeeds
 from looplm.train.run import resolve_run, start_run
 
 SUM = "What is 47 + 85?"
-
-
-def looplm(*words: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "looplm", *words], capture_output=True, text=True, input=text, timeout=300
-    )
-
-
-def succeeds(*words: str, text: str | None = None) -> str:
-    done = looplm(*words, text=text)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from looplm.errors import CheckpointError
 from looplm.telemetry.history import read_history, series
 from looplm.train.average import average_checkpoints
 from looplm.train.run import resolve_run, resume_run, start_run
+from ranks import ranks
 
 EXPERTS = "model.core_ffn={kind: moe, d_ff: 16, n_experts: 4, top_k: 2, has_bias: true, bias_rate: 0.01}"
 PLAN = "train.plan={kind: uniform, low: 1, high: 3}"
@@ -42,7 +43,7 @@ def test_two_ranks_follow_the_curve_of_one(tmp_path: Path, tiny_reason: list[str
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(config))
     start_run(config, tmp_path / "one")
-    done = torchrun("train", str(recipe), "--out", str(tmp_path / "two"))
+    done = ranks("train", str(recipe), "--out", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done: step 6") == 1
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
@@ -67,7 +68,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path: Path, tiny_reason:
     assert losses(tmp_path / "run")[:3] == first
     whole = losses(tmp_path / "one")
     assert losses(tmp_path / "run")[0] == pytest.approx(whole[0], abs=1e-5)  # later ones have another schedule
-    done = torchrun("train", "--resume", str(tmp_path / "run"), "--steps", "8")
+    done = ranks("train", "--resume", str(tmp_path / "run"), "--steps", "8")
     assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path / "run")) == 8
 
@@ -95,7 +96,7 @@ def test_a_budget_in_flops_ends_ranks_with_rows_of_unlike_lengths_together(tmp_p
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(config))
     start_run(config, tmp_path / "one")
-    done = torchrun("train", str(recipe), "--out", str(tmp_path / "two"))
+    done = ranks("train", str(recipe), "--out", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path / "one")) > 3
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
@@ -124,7 +125,7 @@ def test_ranks_that_share_the_weights_out_follow_the_curve_of_one(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(config))
     start_run(config, tmp_path / "one")
-    done = torchrun("train", str(recipe), "--out", str(tmp_path / "two"))
+    done = ranks("train", str(recipe), "--out", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     one, two = (load_run(tmp_path / name).model.state_dict() for name in ("one", "two"))
@@ -141,7 +142,7 @@ def test_ranks_that_share_the_weights_out_follow_the_curve_of_one(
     ]
     # on with one process, and the run of one process on with two that share it out
     resume_run(tmp_path / "two", overrides=["train.steps=9"])
-    done = torchrun("train", "--resume", str(tmp_path / "one"), "--steps", "9")
+    done = ranks("train", "--resume", str(tmp_path / "one"), "--steps", "9")
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-5)
     assert (latest_checkpoint(tmp_path / "two") / "model.safetensors").is_file()
@@ -152,7 +153,7 @@ def test_ranks_that_share_the_weights_out_follow_the_curve_of_one(
 def test_a_shard_that_is_gone_or_cut_short_is_one_clear_error(tmp_path: Path, tiny_reason: list[str]) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(resolve_run("reason", overrides=[*tiny_reason, *SHARED, "train.steps=1"])))
-    done = torchrun("train", str(recipe), "--out", str(tmp_path / "run"))
+    done = ranks("train", str(recipe), "--out", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     first, second = sorted((latest_checkpoint(tmp_path / "run") / "average.shards").iterdir())
     kept = second.read_bytes()

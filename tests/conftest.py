@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,18 @@ VARIANTS: dict[str, list[str]] = {
     "act": ["inject.kind=add", "exit={kind: act, ponder_cost: 0.01, threshold: 0.7}"],
     "core-only": ["n_prelude=0", "n_coda=0", "inject.kind=diagonal"],
 }
+
+
+def long(*cases: tuple[Any, ...]) -> list[Any]:
+    """Cases of a test that only `make test-all` runs."""
+    return [pytest.param(*case, marks=pytest.mark.long) for case in cases]
+
+
+def crossed(names: Iterable[str], others: Sequence[Any]) -> list[Any]:
+    """Every variant with each of the others. Quick are all variants with the first of them, and `plain` with all."""
+    pairs = [(name, other) for name in names for other in others]
+    quick = [(name, other) for name, other in pairs if other == others[0] or name == "plain"]
+    return [*quick, *long(*(pair for pair in pairs if pair not in quick))]
 
 
 def tiny_config(*overrides: str) -> ModelConfig:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import VARIANTS, tiny_config
+from conftest import VARIANTS, crossed, tiny_config
 from looplm.errors import ConfigError, DataError, LooplmError
 from looplm.infer.depth import score_sequences
 from looplm.infer.exits import KINDS, ExitRule
@@ -46,8 +46,7 @@ def test_a_rule_that_never_fires_is_full_depth(name: str, make_model: Make) -> N
             assert result.depths.tolist() == [n_loops] * len(sequence)
 
 
-@pytest.mark.parametrize("name", EXITING)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "kind"), crossed(EXITING, KINDS))
 def test_batched_is_single_token_for_token(name: str, kind: Any, make_model: Make) -> None:
     model = make_model(*VARIANTS[name], "exit.kind=gate")
     ids = sequences(model)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import VARIANTS, tiny_config
+from conftest import VARIANTS, crossed, tiny_config
 from looplm.errors import ConfigError
 from looplm.infer.decoders import EarlyExit, StopsEarly
 from looplm.infer.depth import score_sequences
@@ -76,8 +76,7 @@ def stopped_at(states: list[Tensor], depths: list[int], *, n_prompt: int) -> Ten
     return torch.stack([states[depth - 1][:, token] for token, depth in enumerate(each)], dim=1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", EXITING)
+@pytest.mark.parametrize(("name", "kind"), crossed(EXITING, KINDS))
 def test_recompute_is_each_token_cut_out_of_a_full_forward(name: str, kind: Any, make_model: Make) -> None:
     model = make_model(*parts(name, kind))
     together = generate(model, PROMPTS, eos_id=-1, max_new_tokens=6, n_loops=5, early=EarlyExit(rule_of(kind)))
@@ -85,8 +84,7 @@ def test_recompute_is_each_token_cut_out_of_a_full_forward(name: str, kind: Any,
         assert generation == recomputed_by_hand(model, prompt, rule_of(kind), n_new=6, n_loops=5)
 
 
-@pytest.mark.parametrize("missing", ["recompute", "last"])
-@pytest.mark.parametrize("name", EXITING)
+@pytest.mark.parametrize(("name", "missing"), crossed(EXITING, ["recompute", "last"]))
 def test_threshold_0_is_full_depth_and_an_easy_rule_the_fewest_loops(name: str, missing: Any, make_model: Make) -> None:
     model = make_model(*parts(name, "gate"))
     for kind in KINDS:
@@ -99,8 +97,7 @@ def test_threshold_0_is_full_depth_and_an_easy_rule_the_fewest_loops(name: str, 
         assert generate(model, PROMPTS, eos_id=2, max_new_tokens=9, n_loops=6, early=at_once) == fewest
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", EXITING)
+@pytest.mark.parametrize(("name", "kind"), crossed(EXITING, KINDS))
 def test_last_sees_a_prompt_as_depth_batching_does_and_batched_is_single(
     name: str, kind: Any, make_model: Make
 ) -> None:
@@ -154,8 +151,7 @@ def test_texts_that_end_leave_the_batch(make_model: Make) -> None:
             assert (generation.ids, generation.depths) == (without.ids[:cut], without.depths[:cut])
 
 
-@pytest.mark.parametrize("missing", ["recompute", "last"])
-@pytest.mark.parametrize("name", EXITING)
+@pytest.mark.parametrize(("name", "missing"), crossed(EXITING, ["recompute", "last"]))
 def test_a_text_in_anothers_place_stops_where_it_does_alone(name: str, missing: Any, make_model: Make) -> None:
     """21 prompts through 10 rows."""
     model = make_model(*parts(name, "latent"))
@@ -184,8 +180,10 @@ def test_a_compiled_model_stops_where_the_plain_one_does(make_model: Make) -> No
     assert [drafted.generation] == plain
 
 
-@pytest.mark.parametrize("sampling", [None, SamplingConfig(temperature=1.3, top_k=9, repetition_penalty=1.2, seed=3)])
-@pytest.mark.parametrize("name", EXITING)
+@pytest.mark.parametrize(
+    ("name", "sampling"),
+    crossed(EXITING, [None, SamplingConfig(temperature=1.3, top_k=9, repetition_penalty=1.2, seed=3)]),
+)
 def test_drafted_text_is_plain_text(name: str, sampling: SamplingConfig | None, make_model: Make) -> None:
     model = make_model(*VARIANTS[name])
     for prompt in PROMPTS:

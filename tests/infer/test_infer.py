@@ -245,13 +245,17 @@ def n_compiled(model: LoopedLM) -> int:
                 "block.linear={kind: low_rank, rank: 4}",
             ],
             id="values-and-windows",
+            marks=pytest.mark.long,
         ),
         pytest.param(  # 4 rows: every expert on every token; 3: sorted by expert; 1: by choice
             ["core_ffn={kind: moe, n_experts: 4, d_ff: 8, top_k: 2}", "block.linear={kind: hra, rank: 4, scale: 0.3}"],
             id="experts-as-one",
+            marks=pytest.mark.long,
         ),
         pytest.param(
-            ["block.attention.fused_qkv=true", "tied_head=false", "backout=true", "loop_norm=true"], id="many-loops"
+            ["block.attention.fused_qkv=true", "tied_head=false", "backout=true", "loop_norm=true"],
+            id="many-loops",
+            marks=pytest.mark.long,
         ),
     ],
 )
@@ -285,6 +289,7 @@ def test_compiled_decoding_writes_the_same_tokens(
         torch.testing.assert_close(compiled.state_dict()[name], weight, atol=0, rtol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("max_unrolled", [0, 99], ids=["parts", "step"])
 def test_compiled_for_many_rows_writes_the_same_tokens(
     max_unrolled: int, make_model: Callable[..., LoopedLM], monkeypatch: pytest.MonkeyPatch
@@ -322,6 +327,7 @@ def watched(turned: list[int]) -> Callable[[Linear, torch.Tensor], torch.Tensor]
     return noting
 
 
+@pytest.mark.long
 def test_what_is_compiled_for_one_model_does_not_serve_another(make_model: Callable[..., LoopedLM]) -> None:
     """Like shapes, other weights, another constant."""
     for seed, eps in ((0, 1e-6), (1, 0.5)):
@@ -358,6 +364,7 @@ def test_compiling_without_a_compiler_is_refused(
         make_model().compile_decoding()
 
 
+@pytest.mark.long
 def test_a_compiled_model_fills_its_context_and_no_more(make_model: Callable[..., LoopedLM]) -> None:
     model, compiled = make_model("seq_len=10"), make_model("seq_len=10")
     compiled.compile_decoding()

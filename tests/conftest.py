@@ -68,6 +68,8 @@ VARIANTS: dict[str, list[str]] = {
     "act": ["inject.kind=add", "exit={kind: act, ponder_cost: 0.01, threshold: 0.7}"],
     "core-only": ["n_prelude=0", "n_coda=0", "inject.kind=diagonal"],
 }
+TEXT_VARIANTS = [name for name in VARIANTS if name != "untied"]
+"""Those whose outputs are their input tokens, so that they can continue a text."""
 
 
 def long(*cases: tuple[Any, ...]) -> list[Any]:
@@ -104,9 +106,8 @@ def variant(request: pytest.FixtureRequest, make_model: Callable[..., LoopedLM])
     return make_model(*VARIANTS[request.param])
 
 
-@pytest.fixture(params=[name for name in VARIANTS if name != "untied"])
+@pytest.fixture(params=TEXT_VARIANTS)
 def text_variant(request: pytest.FixtureRequest, make_model: Callable[..., LoopedLM]) -> LoopedLM:
-    """Variants whose outputs are their input tokens, so that they can continue a text."""
     return make_model(*VARIANTS[request.param])
 
 

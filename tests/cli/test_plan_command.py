@@ -72,7 +72,12 @@ def test_mistakes_end_in_a_line_that_says_what_to_do(words: tuple[str, ...], mes
         plan(*words)
 
 
-@pytest.mark.parametrize("command", [found[1] for found in TABLE.finditer(PAGE.read_text(encoding="utf-8"))])
+COMMANDS = [found[1] for found in TABLE.finditer(PAGE.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize(
+    "command", [COMMANDS[0], *(pytest.param(command, marks=pytest.mark.long) for command in COMMANDS[1:])]
+)
 def test_the_page_shows_what_the_command_prints(command: str) -> None:
     (table,) = (found[2] for found in TABLE.finditer(PAGE.read_text(encoding="utf-8")) if found[1] == command)
     assert printed(command) == table

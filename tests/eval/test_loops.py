@@ -136,6 +136,7 @@ def test_runs_of_other_data_are_refused(s3_run: LoadedRun) -> None:
         measure_dial(s3_run, n=5)
 
 
+@pytest.mark.long
 def test_the_command_prints_a_row_per_number_and_the_verdict(tmp_path: Path) -> None:
     out, plot = tmp_path / "loops.json", tmp_path / "loops.png"
     arguments = ["eval", "builtin:reasoner", "--suite", "loops", "--n", "2", "--loops", "1,3"]

@@ -3,6 +3,7 @@ policy against an oracle without a cache, and drafted text = plain text."""
 
 import copy
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from looplm.model.looped import LoopedLM
 from texts import QUEUE, spread_eos
 
 PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10], [11, 12]]
+DRAWN = SamplingConfig(temperature=1.3, top_k=9, repetition_penalty=1.2, seed=3)
 THRESHOLDS = {"latent": 0.3, "kl": 0.02, "entropy": 3.4, "stable": 1, "gate": 0.3}
 Make = Callable[..., LoopedLM]
 
@@ -181,28 +183,26 @@ def test_a_compiled_model_stops_where_the_plain_one_does(make_model: Make) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "sampling"),
-    crossed(EXITING, [None, SamplingConfig(temperature=1.3, top_k=9, repetition_penalty=1.2, seed=3)]),
+    ("name", "how"), crossed(EXITING, list(product([None, DRAWN], [Draft(2, 5), Draft(1, 1), Draft(3, 30)])))
 )
-def test_drafted_text_is_plain_text(name: str, sampling: SamplingConfig | None, make_model: Make) -> None:
-    model = make_model(*VARIANTS[name])
+def test_drafted_text_is_plain_text(name: str, how: tuple[SamplingConfig | None, Draft], make_model: Make) -> None:
+    model, (sampling, draft) = make_model(*VARIANTS[name]), how
     for prompt in PROMPTS:
         (plain,) = generate(model, [prompt], eos_id=2, max_new_tokens=20, n_loops=4, sampling=sampling)
-        for draft in (Draft(1, 1), Draft(2, 5), Draft(3, 30)):
-            heard: list[int] = []
-            (told,) = speculate(
-                model,
-                [prompt],
-                draft=draft,
-                eos_id=2,
-                max_new_tokens=20,
-                n_loops=4,
-                sampling=sampling,
-                on_token=lambda row, token, heard=heard: heard.append(token),  # type: ignore[misc]
-            )
-            assert told.generation == plain
-            assert heard == plain.ids
-            assert told.n_accepted <= told.n_drafted <= told.n_rounds * draft.n_tokens
+        heard: list[int] = []
+        (told,) = speculate(
+            model,
+            [prompt],
+            draft=draft,
+            eos_id=2,
+            max_new_tokens=20,
+            n_loops=4,
+            sampling=sampling,
+            on_token=lambda row, token, heard=heard: heard.append(token),  # type: ignore[misc]
+        )
+        assert told.generation == plain
+        assert heard == plain.ids
+        assert told.n_accepted <= told.n_drafted <= told.n_rounds * draft.n_tokens
 
 
 def test_a_draft_that_is_always_right_takes_few_rounds(make_model: Make) -> None:

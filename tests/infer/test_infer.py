@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from conftest import TEXT_VARIANTS, VARIANTS, crossed
 from looplm.errors import ConfigError, DataError
 from looplm.infer.decoders import EarlyExit, FullDepth
 from looplm.infer.engine import generate
@@ -54,8 +55,11 @@ def test_rows_that_end_leave_the_batch_and_change_nothing(make_model: Callable[.
         assert generation.stopped_by == ("eos" if eos in without.ids else "length")
 
 
-def test_waiting_prompts_take_the_places_of_those_that_end(text_variant: LoopedLM) -> None:
-    check_queue(text_variant)
+@pytest.mark.parametrize(("name", "batch_sizes"), crossed(TEXT_VARIANTS, [(3,), (1, 10)]))
+def test_waiting_prompts_take_the_places_of_those_that_end(
+    name: str, batch_sizes: tuple[int, ...], make_model: Callable[..., LoopedLM]
+) -> None:
+    check_queue(make_model(*VARIANTS[name]), batch_sizes)
 
 
 @pytest.mark.parametrize("inject", ["add", "lti"])
@@ -93,13 +97,13 @@ def test_what_texts_left_behind_goes_with_them(make_model: Callable[..., LoopedL
     assert not decoder.cache.behind[1]
 
 
-def check_queue(model: LoopedLM) -> None:
-    """21 prompts of 1 to 5 tokens through 1 to 10 rows: the same tokens and depths as each alone."""
+def check_queue(model: LoopedLM, batch_sizes: tuple[int, ...] = (1, 3, 10)) -> None:
+    """21 prompts of 1 to 5 tokens through fewer rows: the same tokens and depths as each alone."""
     options: dict[str, Any] = {"max_new_tokens": 12, "n_loops": 5}
     eos = spread_eos(generate(model, QUEUE, eos_id=-1, **options))
     alone = [generate(model, [prompt], eos_id=eos, **options)[0] for prompt in QUEUE]
     assert len({len(generation.ids) for generation in alone}) > 1
-    for batch_size in (1, 3, 10):
+    for batch_size in batch_sizes:
         heard: dict[int, list[int]] = {}
         queued = generate(
             model,

@@ -51,6 +51,7 @@ def test_a_model_that_does_not_loop_has_nothing_to_compare(text: RunConfig) -> N
             Comparison(text, Path("x"), **chosen)  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 def test_all_runs_are_made_once_with_the_rate_of_the_lowest_loss(
     tmp_path: Path, text: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

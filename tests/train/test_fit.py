@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import tiny_config
+from conftest import long, tiny_config
 from copying import Copying
 from looplm.checkpoint import checkpoints, latest_checkpoint, load, read_tensors
 from looplm.data.pack import IGNORE, Batch
@@ -91,8 +91,7 @@ def test_what_trains_for_depth_resumes_exactly(tmp_path: Path, tiny_reason: list
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize("recipe", ["reason", "s3"])
-@pytest.mark.parametrize("stop_at", [1, 4])
+@pytest.mark.parametrize(("recipe", "stop_at"), [("reason", 4), ("s3", 1), *long(("reason", 1), ("s3", 4))])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tmp_path: Path, tiny_reason: list[str], recipe: str, stop_at: int
 ) -> None:
@@ -113,9 +112,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert losses[0] == losses[1]
 
 
-def test_a_run_killed_at_random_moments_equals_an_undisturbed_one(tmp_path: Path, tiny_reason: list[str]) -> None:
+@pytest.mark.parametrize(("most_kills", "n_steps"), [(1, 15), *long((3, 40))])
+def test_a_run_killed_at_random_moments_equals_an_undisturbed_one(
+    tmp_path: Path, tiny_reason: list[str], most_kills: int, n_steps: int
+) -> None:
     """SIGKILL: no handler runs, whatever was being written stays half written."""
-    overrides = [*tiny_reason, "train.steps=40", "train.checkpoint_steps=3", "train.n_workers=1"]
+    overrides = [*tiny_reason, f"train.steps={n_steps}", "train.checkpoint_steps=3", "train.n_workers=1"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     start_run(resolve_run("reason", overrides=overrides), whole)
     rng, n_kills = random.Random(0), 0
@@ -126,7 +128,7 @@ def test_a_run_killed_at_random_moments_equals_an_undisturbed_one(tmp_path: Path
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
         reached = len(checkpoints(killed)) and int(checkpoints(killed)[-1].name[5:])
         deadline = time.monotonic() + 120
-        while n_kills < 3 and process.poll() is None and time.monotonic() < deadline:
+        while n_kills < most_kills and process.poll() is None and time.monotonic() < deadline:
             found = checkpoints(killed)
             if found and int(found[-1].name[5:]) > reached:
                 time.sleep(rng.uniform(0, 0.05))

@@ -89,6 +89,7 @@ def test_who_says_how_many_tokens() -> None:
     assert by_flops.tokens_from == "train.flops=1e+15"
 
 
+@pytest.mark.long
 def test_phases_are_gone_through_in_order() -> None:
     run = resolve_run("pretrain-osrt-v4")
     found = needs(run, gpu=GPU, n_gpus=[8])

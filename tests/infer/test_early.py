@@ -164,6 +164,7 @@ def test_a_text_in_anothers_place_stops_where_it_does_alone(name: str, missing: 
     assert generate(model, QUEUE, eos_id=eos, batch_size=10, **options) == alone
 
 
+@pytest.mark.long
 def test_a_compiled_model_stops_where_the_plain_one_does(make_model: Make) -> None:
     model = make_model("inject.kind=diagonal")
     compiled = copy.deepcopy(model)

@@ -224,45 +224,57 @@ def n_compiled(model: LoopedLM) -> int:
     return counters["stats"]["unique_graphs"] + len(model.one_token.step.compiled)
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        pytest.param(
-            ["smear={kind: channel, n_back: 2}", "adapter={rank: 2, n_loops: 2}", "loop_norm=true", "softcap=3"],
-            id="one",
-        ),
-        pytest.param(
-            [
-                "block.attention={kind: mla, n_heads: 2, q_rank: 8, kv_rank: 6, nope_dim: 4, rope_dim: 4, v_dim: 6}",
-                "core_ffn={kind: moe, n_experts: 4, d_ff: 8, top_k: 2, n_shared: 1, has_bias: true, n_loop_embeds: 3}",
-                "inject.kind=lti",
-                "exit={kind: act, threshold: 0.7}",
-            ],
-            id="parts",
-        ),
-        pytest.param(
-            [
-                "block.attention={kind: gqa, n_heads: 4, n_kv_heads: 2, head_dim: 8, window: 3, window_pattern: SL, "
-                "qk_norm: after_rope, value_embed: {n_channels: 4}}",
-                "block.stream_scales=true",
-                "backout=true",
-                "block.linear={kind: low_rank, rank: 4}",
-            ],
-            id="values-and-windows",
-            marks=pytest.mark.long,
-        ),
-        pytest.param(  # 4 rows: every expert on every token; 3: sorted by expert; 1: by choice
-            ["core_ffn={kind: moe, n_experts: 4, d_ff: 8, top_k: 2}", "block.linear={kind: hra, rank: 4, scale: 0.3}"],
-            id="experts-as-one",
-            marks=pytest.mark.long,
-        ),
-        pytest.param(
-            ["block.attention.fused_qkv=true", "tied_head=false", "backout=true", "loop_norm=true"],
-            id="many-loops",
-            marks=pytest.mark.long,
-        ),
-    ],
-)
+FORMS = [
+    pytest.param(
+        ["smear={kind: channel, n_back: 2}", "adapter={rank: 2, n_loops: 2}", "loop_norm=true", "softcap=3"],
+        id="one",
+    ),
+    pytest.param(
+        [
+            "block.attention={kind: mla, n_heads: 2, q_rank: 8, kv_rank: 6, nope_dim: 4, rope_dim: 4, v_dim: 6}",
+            "core_ffn={kind: moe, n_experts: 4, d_ff: 8, top_k: 2, n_shared: 1, has_bias: true, n_loop_embeds: 3}",
+            "inject.kind=lti",
+            "exit={kind: act, threshold: 0.7}",
+        ],
+        id="parts",
+    ),
+    pytest.param(
+        [
+            "block.attention={kind: gqa, n_heads: 4, n_kv_heads: 2, head_dim: 8, window: 3, window_pattern: SL, "
+            "qk_norm: after_rope, value_embed: {n_channels: 4}}",
+            "block.stream_scales=true",
+            "backout=true",
+            "block.linear={kind: low_rank, rank: 4}",
+        ],
+        id="values-and-windows",
+    ),
+    pytest.param(  # 4 rows: every expert on every token; 3: sorted by expert; 1: by choice
+        ["core_ffn={kind: moe, n_experts: 4, d_ff: 8, top_k: 2}", "block.linear={kind: hra, rank: 4, scale: 0.3}"],
+        id="experts-as-one",
+    ),
+    pytest.param(
+        ["block.attention.fused_qkv=true", "tied_head=false", "backout=true", "loop_norm=true"],
+        id="many-loops",
+    ),
+]
+
+
+@pytest.mark.parametrize("overrides", FORMS[:2])
+def test_compiled_decoding_writes_a_queue_of_texts(make_model: Callable[..., LoopedLM], overrides: list[str]) -> None:
+    """The whole step as one, and its parts: one shape each, in which prompts take the places of others."""
+    model, compiled = make_model(*overrides), make_model(*overrides)
+    compiled.compile_decoding()
+    counters.clear()
+    queues = [
+        generate(each, QUEUE[:6], eos_id=EOS, max_new_tokens=12, n_loops=2, batch_size=3) for each in (model, compiled)
+    ]
+    assert queues[0] == queues[1]
+    assert n_compiled(compiled) > 0
+    assert not counters["graph_break"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("overrides", FORMS)
 def test_compiled_decoding_writes_the_same_tokens(
     make_model: Callable[..., LoopedLM],
     overrides: list[str],
@@ -341,6 +353,7 @@ def test_what_is_compiled_for_one_model_does_not_serve_another(make_model: Calla
         assert generate(compiled, PROMPTS[:2], eos_id=EOS, max_new_tokens=20) == plain
 
 
+@pytest.mark.long
 def test_a_compiled_model_is_not_copied_or_moved_and_still_trains(make_model: Callable[..., LoopedLM]) -> None:
     """A copy would decode with the first one's weights, a moved one leave its joined weights behind."""
     model, compiled = make_model(), make_model()

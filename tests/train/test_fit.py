@@ -246,6 +246,7 @@ def test_recomputing_loops_trains_the_same(tmp_path: Path, tiny_reason: list[str
     assert_same_run(tmp_path / "kept", tmp_path / "recomputed")
 
 
+@pytest.mark.long
 def test_compiled_experts_and_recomputed_loops_train(tmp_path: Path, tiny_reason: list[str]) -> None:
     runtime = "train.runtime={device: cpu, precision: bf16, compile: true, n_threads: 1}"
     plan = "train.plan={kind: uniform, low: 1, high: 3}"

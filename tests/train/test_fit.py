@@ -443,6 +443,9 @@ def test_weights_and_biases_gets_every_record_offline(
     monkeypatch.setenv("WANDB_MODE", "offline")
     start_run(resolve_run("reason", overrides=[*tiny_reason, "train.wandb=loops"]), tmp_path / "run")
     (kept,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    deadline = time.monotonic() + 60  # its own process writes the file, some time after the run has ended
+    while kept.read_bytes().count(b"grad_norm") < 6 and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert kept.read_bytes().count(b"grad_norm") >= 6
 
 

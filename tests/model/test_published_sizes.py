@@ -45,9 +45,9 @@ def test_active_parameters_leave_out_idle_experts() -> None:
 
 def test_counting_a_trillion_parameters_is_quick_and_small() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.perf_counter()
+    started = time.process_time()
     count(preset("mythos-1t"))
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
 
 

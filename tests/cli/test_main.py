@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import fails, looplm
 
+from commands import fails, looplm
 from looplm import __version__
 from looplm.cli import app as cli
 from looplm.errors import ConfigError

@@ -19,15 +19,12 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from looplm import dist
@@ -36,6 +33,9 @@ from looplm.errors import CheckpointError, TrainingError
 from looplm.files import write_whole
 from looplm.model.looped import LoopedLM, ModelConfig
 from looplm.optim.muon import SECOND_MOMENTUM
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 MODEL, AVERAGE, TRAINING, STATE, MARKER, CONFIG = (
     "model.safetensors",
@@ -169,6 +169,8 @@ def described(path: Path) -> dict[str, Tensor]:
     """What a safetensors file, or its shards, holds, without its numbers: on the meta device."""
     if not _shards(path).is_dir():
         return {name: tensor.to("meta") for name, tensor in read_tensors(path).items()}
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     with _naming_shards(path):
         entries = _reader(path).read_metadata().state_dict_metadata
     found = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
@@ -183,6 +185,8 @@ def described(path: Path) -> dict[str, Tensor]:
 def read_into(targets: Mapping[str, Tensor], path: Path) -> None:
     """Fill tensors by name from a safetensors file or its shards; of those that are shared out, this rank's part."""
     if _shards(path).is_dir():
+        import torch.distributed.checkpoint as dcp  # takes as long as torch itself
+
         with _naming_shards(path), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process alone is told so
             dcp.load(dict(targets), storage_reader=_reader(path), no_dist=True)
@@ -201,12 +205,16 @@ def _shards(path: Path) -> Path:
     return path.with_suffix(".shards")
 
 
-def _reader(path: Path) -> dcp.HuggingFaceStorageReader:
-    return dcp.HuggingFaceStorageReader(str(_shards(path)))  # safetensors: the usual one reads a pickle
+def _reader(path: Path) -> "HuggingFaceStorageReader":
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    return HuggingFaceStorageReader(str(_shards(path)))  # safetensors: the usual one reads a pickle
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong; of several ranks each once, without their tracebacks."""
+    """What went wrong with shards; of several ranks each once, without their tracebacks."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     if not isinstance(error, CheckpointException):
         return str(error)
     return "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))
@@ -214,6 +222,8 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _naming_shards(path: Path) -> Iterator[None]:
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         yield
     except (CheckpointException, SafetensorError, OSError) as error:
@@ -281,20 +291,31 @@ def save_checkpoint(
         dist.on_main(begin)
         for name, tensors in files.items():
             if is_sharded:
-                writer = dcp.HuggingFaceStorageWriter(str(_shards(temporary / name)), save_distributed=True)
-                dcp.save(dict(tensors), storage_writer=writer)
+                _save_shards(tensors, temporary / name)
             else:
                 dist.on_main(partial(save_tensors, tensors, temporary / name))
         dist.on_main(end)
-    except (OSError, SafetensorError, CheckpointException) as error:
+    except (OSError, SafetensorError) as error:
         if dist.is_main():
             shutil.rmtree(temporary, ignore_errors=True)
         left = checkpoints(folder)
         kept = f"the last one, {left[-1]}, is intact" if left else "there is no earlier one"
         raise TrainingError(
-            f"checkpoint {final} could not be written ({_reason(error)}); {kept}. Free space and resume."
+            f"checkpoint {final} could not be written ({error}); {kept}. Free space and resume."
         ) from None
     return final
+
+
+def _save_shards(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write this rank's part of a file; all ranks call it, and what fails on one of them is an OSError on all."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    writer = dcp.HuggingFaceStorageWriter(str(_shards(path)), save_distributed=True)
+    try:
+        dcp.save(dict(tensors), storage_writer=writer)
+    except CheckpointException as error:
+        raise OSError(_reason(error)) from None
 
 
 def read_state(folder: Path) -> dict[str, Any]:

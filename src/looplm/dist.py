@@ -1,22 +1,26 @@
 """Many processes as one: who this one is, and what they have to agree on. Without torchrun there is one, and everything
 here does nothing.
+
+FSDP and DTensor are imported only where a model is sharded: with sympy, they take as long as torch itself.
 """
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
 
 from looplm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=1)  # of a rank that waits while another compiles or validates
@@ -100,7 +104,7 @@ def summed(values: list[float], *, device: torch.device) -> list[float]:
     return _reduced(values, device=device, how=dist.ReduceOp.SUM)
 
 
-def shard(module: nn.Module, *, layers: Iterable[nn.Module], device: str) -> FSDPModule:
+def shard(module: nn.Module, *, layers: Iterable[nn.Module], device: str) -> "FSDPModule":
     """Share the parameters of `module` out to all ranks (FSDP2), and with them gradients and optimizer state. Each of
     `layers` is gathered when it runs; all else, with it the core, once at the beginning of `module`'s forward, to stay
     until its backward is done, however many loops there are.
@@ -108,6 +112,9 @@ def shard(module: nn.Module, *, layers: Iterable[nn.Module], device: str) -> FSD
     Raises:
         ValueError: a parameter is 0-d.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device, (n_ranks(),))
     for layer in layers:
         fully_shard(layer, mesh=mesh)
@@ -115,23 +122,33 @@ def shard(module: nn.Module, *, layers: Iterable[nn.Module], device: str) -> FSD
     return sharded
 
 
+def is_shared_out(tensor: Tensor) -> TypeGuard["DTensor"]:
+    """Whether each rank has a part of it alone. There is no such tensor before its module is imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor that is shared out, its own memory; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_shared_out(tensor) else tensor
 
 
 def gathered(part: Tensor, *, like: Tensor) -> Tensor:
     """All of a tensor of which this rank has `part`, shared out as `like` is."""
-    if not isinstance(like, DTensor):
+    if not is_shared_out(like):
         return part
+    from torch.distributed.tensor import DTensor
+
     mesh, placements = like.device_mesh, like.placements
     return DTensor.from_local(part, mesh, placements, shape=like.shape, stride=like.stride()).full_tensor()
 
 
 def part_of(tensor: Tensor, *, like: Tensor) -> Tensor:
     """This rank's part of `tensor`, which all ranks have, shared out as `like` is: the inverse of `gathered`."""
-    if not isinstance(like, DTensor):
+    if not is_shared_out(like):
         return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
     everywhere = DTensor.from_local(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
     return everywhere.redistribute(placements=like.placements).to_local()
 

@@ -24,7 +24,7 @@ def s3_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_help_imports_no_torch() -> None:
-    code = "import sys, looplm.cli.main; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
+    code = "import sys, looplm.cli.app; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     out = succeeds("--help")
     for verb in (

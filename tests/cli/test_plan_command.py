@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from looplm.cli.main import app
+from looplm.cli.app import app
 from looplm.errors import ConfigError
 
 SMALL = ("plan", "pretrain", "data.row_len=64", "--gpus", "1,4", "--tokens", "1e9")

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from looplm.checkpoint import LoadedRun
-from looplm.cli.main import app
+from looplm.cli.app import app
 from looplm.data.pack import IGNORE
 from looplm.data.sources import ReasoningConfig, ReasoningSource, parse_data
 from looplm.data.tasks.example import is_test_question

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import looplm
 from golden_files import Golden
-from looplm.cli.main import app
+from looplm.cli.app import app
 from looplm.errors import CheckpointError, ConfigError
 from looplm.hf.files import export_run, import_run, read_foreign
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from looplm.cli.main import app
+from looplm.cli.app import app
 from looplm.config import PRESETS
 from looplm.train.run import resolve_run
 

@@ -1,55 +1,70 @@
-"""The `looplm` command. Only typer is imported here: everything else waits until a verb needs it, so help is fast."""
+"""The `looplm` command: it runs the command line, and ends with one line where that fails.
 
-import os
+Nothing is imported before `main` runs, so that Ctrl-C is quiet from the beginning.
+"""
+
 import sys
-from typing import NoReturn
 
-import typer
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
 
-from looplm.cli import compare, convert, data, evaluate, inspect, plan, talk, tokenizer, train, watch
-from looplm.errors import LooplmError
-
-app = typer.Typer(
-    name="looplm",
-    help="Small language models that think in loops: train, measure and talk to them.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("train")(train.train)
-app.add_typer(tokenizer.app, name="tokenizer")
-app.command("watch")(watch.watch)
-app.command("report")(watch.report)
-app.command("eval")(evaluate.evaluate)
-app.command("calibrate")(evaluate.calibrate)
-app.command("compare")(compare.compare)
-app.command("chat")(talk.chat)
-app.command("generate")(talk.generate)
-app.command("count")(inspect.count)
-app.command("config")(inspect.config)
-app.command("plan")(plan.plan)
-app.command("import")(convert.import_)
-app.command("export")(convert.export)
-app.command("average")(convert.average)
-app.command("demo")(evaluate.demo)
-app.add_typer(data.app, name="data")
+FAILED, INTERRUPTED, BROKEN_PIPE = 1, 130, 141  # exit statuses; the latter two are those that shells give for a signal
+UNSAFE_IMPORTS = ("numpy", "torch")
 
 
 def main() -> None:
-    """Run the command line; a mistake of the user's ends in one line, not a traceback."""
-    # torch asks for huge pages when it allocates large tensors: fresh memory is dear where pages are small
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    """Run the command line. Mistakes and faults are told in one line, and Ctrl-C ends a command without any."""
     try:
+        import signal
+        import threading
+
+        is_ours = (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        )
+        if not is_ours:
+            _run()
+            return
+        signal.signal(signal.SIGINT, _interrupt)
+        try:
+            _run()
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def _interrupt(number: int, frame: "FrameType | None") -> None:
+    """What Ctrl-C does. While native code is being loaded an exception would end in an abort, or in another error."""
+    for name in UNSAFE_IMPORTS:
+        module = sys.modules.get(name)
+        if module is not None and getattr(module.__spec__, "_initializing", False):
+            import os
+
+            os._exit(INTERRUPTED)
+    raise KeyboardInterrupt
+
+
+def _run() -> None:
+    try:
+        import os
+
+        # torch asks for huge pages when it allocates large tensors: fresh memory is dear where pages are small
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        from looplm.cli.app import app
+        from looplm.cli.failures import never_fail_to_print
+
+        never_fail_to_print()
         app()
-    except LooplmError as error:
-        _fail(str(error))
-    except OSError as error:  # a disk that filled up, a folder that vanished: nothing of ours can mend it
-        _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        raise
+    except SystemExit as error:  # how typer ends every command, one whose reader has gone away too
+        if isinstance(error.__context__, BrokenPipeError):
+            sys.exit(BROKEN_PIPE)
+        raise
+    except BaseException as error:  # a panic in native code is no Exception
+        from looplm.cli.failures import tell
 
-
-def _fail(message: str) -> NoReturn:
-    """Say it, once where torchrun has started many of us on this machine, and end."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-        typer.echo(message, err=True)
-    sys.exit(1)
+        tell(error)
+        sys.exit(FAILED)

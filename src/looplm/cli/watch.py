@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Console, Group
 
-BARS = "▁▂▃▄▅▆▇█"
+BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
 SHOWN = {  # what is told of the newest record, and how
     "loss": "{:.4f}",
     "val_bpb": "{:.4f} bits per byte, held out",
@@ -49,18 +49,18 @@ def watch(
         raise ConfigError(f"--every {every:g} has to be more than 0")
     console = Console()
     if once or not console.is_terminal:
-        console.print(_view(run, width=console.width))
+        console.print(_view(run, console))
         return
     try:
         with Live(console=console, auto_refresh=False) as live:
             while True:
-                live.update(_view(run, width=console.width), refresh=True)
+                live.update(_view(run, console), refresh=True)
                 time.sleep(every)
     except KeyboardInterrupt:
         pass
 
 
-def _view(run: Path, *, width: int) -> "Group":
+def _view(run: Path, console: "Console") -> "Group":
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -69,6 +69,7 @@ def _view(run: Path, *, width: int) -> "Group":
     from looplm.telemetry.history import read_history, series
     from looplm.telemetry.sinks import METRICS, SAMPLES
 
+    width, bars = console.width, BARS if console.encoding.startswith("utf") else ASCII_BARS
     records = read_history(run)
     if not records:
         return Group(Text(f"{run}: no step is logged yet"))
@@ -83,7 +84,7 @@ def _view(run: Path, *, width: int) -> "Group":
     for name in CURVES:
         steps, values = series(records, name)
         if len(values) > 1:
-            curve = sparkline(values, width=max(10, min(60, width - 60)))
+            curve = sparkline(values, width=max(10, min(60, width - 60)), bars=bars)
             table.add_row(name, curve, f"{values[0]:,.4g} at step {steps[0]:,.0f}, now {values[-1]:,.4g}")
     numbers = Table.grid(padding=(0, 2))
     for name, form in SHOWN.items():
@@ -99,14 +100,14 @@ def _view(run: Path, *, width: int) -> "Group":
     return Group(title, bar, table, numbers, sample)
 
 
-def sparkline(values: list[float], *, width: int) -> str:
+def sparkline(values: list[float], *, width: int, bars: str = BARS) -> str:
     """A curve of one line: the mean of each of `width` stretches, from the lowest bar to the highest."""
     width = min(width, len(values))
     edges = [round(number * len(values) / width) for number in range(width + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
-    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(BARS[round((mean - low) * scale)] for mean in means)
+    scale = (len(bars) - 1) / (high - low) if high > low else 0.0
+    return "".join(bars[round((mean - low) * scale)] for mean in means)
 
 
 def _clock(seconds: float) -> str:

@@ -16,10 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 from tokenizers import Tokenizer
@@ -27,9 +26,11 @@ from tokenizers import Tokenizer
 from looplm.config import Config
 from looplm.data.bpe import load_tokenizer, token_bytes, train_bpe
 from looplm.data.documents import BUILTIN_PYTHON, read_documents
-from looplm.data.pack import IGNORE, Batch
 from looplm.data.prepare import HELD_OUT, TRAIN, PrepareConfig, Shard, prepare, read_manifest
 from looplm.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from looplm.data.pack import Batch
 
 BLOCK = 1024  # rows in which every folder has its share
 MOST_FOLDERS = 32
@@ -215,7 +216,7 @@ class PreparedSource:
         """Held-out batches, the last one perhaps a short one."""
         return -(-len(self._held_out_rows) // self.phases[-1].n_rows)
 
-    def batch(self, index: int) -> Batch:
+    def batch(self, index: int) -> "Batch":
         """Micro-batch number `index`."""
         if self.held_out:
             n_rows = self.phases[-1].n_rows
@@ -245,7 +246,11 @@ class PreparedSource:
         epoch, number = divmod(number, n_windows)
         return name, shuffled(number, n_windows, seed=(self.seed, phase_idx, which[row % BLOCK], epoch))
 
-    def _stack(self, rows: Sequence[tuple[str, int]], phase: Phase) -> Batch:
+    def _stack(self, rows: Sequence[tuple[str, int]], phase: Phase) -> "Batch":
+        import torch  # here, so that looking at a prepared folder takes none
+
+        from looplm.data.pack import IGNORE, Batch
+
         row_len = phase.row_len
         windows = np.stack([self.streams[name].read(number * row_len, row_len + 1) for name, number in rows])
         ids, targets = windows[:, :-1], windows[:, 1:].copy()

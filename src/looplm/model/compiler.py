@@ -4,7 +4,8 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,6 +25,16 @@ def has_compiler() -> bool:
     has_headers = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as inductor chooses
     return has_headers and shutil.which(compiler) is not None
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run compiled layers as they are written. There are none if torch's compiler is not loaded, and it stays so."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def only_arguments(guards: Sequence[Any]) -> list[bool]:

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from looplm.model.block import ResidualAdapter
 from looplm.model.looped import LoopedLM, ModelConfig
+from looplm.model.meta import without_memory
 from looplm.model.moe import MoE
 
 
@@ -37,7 +37,7 @@ class Count:
 
 def count(config: ModelConfig, *, n_loops: int | None = None) -> Count:
     """Count a model without building it in memory."""
-    with torch.device("meta"):
+    with without_memory():
         model = LoopedLM(config)
     loops = config.n_loops if n_loops is None else n_loops
     total = _size(model)

@@ -27,6 +27,7 @@ from looplm.model.loop.exit import ExitConfig, Halting, NoExitConfig, check_last
 from looplm.model.loop.inject import InjectConfig, NoInjectConfig, make_inject
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.loop.rows import run_rows
+from looplm.model.meta import give_memory, without_memory
 from looplm.model.moe import MoEConfig, total_loads
 from looplm.model.norm import RMSNorm
 from looplm.model.one_token import CompiledParts
@@ -158,7 +159,7 @@ class LoopedLM(nn.Module):
         """Tie the head and set all weights."""
         if self.config.tied_head:
             self.head.weight = self.embed.weight
-        if draw:
+        if draw and not self.embed.weight.is_meta:
             init_weights(self, kind=self.config.init, std=self.config.init_std)
 
     def reset(self) -> None:
@@ -170,9 +171,9 @@ class LoopedLM(nn.Module):
     def on(cls, device: torch.device | str, config: ModelConfig, *, draw: bool = True) -> "LoopedLM":
         """A model built on the meta device and given memory on `device` once, with fresh weights, or with `draw` false
         with whatever the memory held, for who loads weights next."""
-        with torch.device("meta"):
+        with without_memory():
             model = cls(config)
-        model.to_empty(device=device)
+        give_memory(model, device)
         model._finish(draw=draw)
         return model
 

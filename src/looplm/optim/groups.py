@@ -6,10 +6,10 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from looplm.config import Config
+from looplm.dist import is_shared_out
 from looplm.errors import ConfigError
 from looplm.optim.lion import Lion
 from looplm.optim.muon import Muon
@@ -128,4 +128,4 @@ def set_lr_scale(optimizers: list[Optimizer], scale: float) -> None:
 def gradient_norm(model: nn.Module) -> torch.Tensor:
     """Global L2 norm of the gradients, without changing them."""
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if is_shared_out(norm) else norm

@@ -12,13 +12,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -31,6 +30,7 @@ from looplm.data.prepared import PreparedSource
 from looplm.data.sources import PermutationsSource, Source
 from looplm.errors import CheckpointError, ConfigError, TrainingError
 from looplm.eval.loops import next_token_score
+from looplm.model.compiler import uncompiled
 from looplm.model.count import FlopsPerToken
 from looplm.model.loop.inject import NoInjectConfig
 from looplm.model.loop.plan import CurriculumPlanConfig, LoopPlan, PlanConfig, PoissonPlanConfig
@@ -45,6 +45,9 @@ from looplm.train.interrupt import interruptible
 from looplm.train.losses import ExitGateConfig, LoopLossConfig, StateLossConfig, exit_gate_loss, next_token_loss
 from looplm.train.probes import probe_loops, worries
 from looplm.train.runtime import Runtime, RuntimeConfig, choose_runtime
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 logger = logging.getLogger(__name__)
 
@@ -415,7 +418,7 @@ class _Fit:
             loads=self.loads,
         )
 
-    @torch.compiler.set_stance("force_eager")  # compiled layers would be compiled once more, for inference
+    @uncompiled()  # compiled layers would be compiled once more, for inference
     def _go_on_if_learned(self) -> None:
         """A curriculum that is gated on accuracy: ask now and then whether it goes on."""
         config, source, position = self.config, self.source, self.position
@@ -455,7 +458,7 @@ class _Fit:
             self.said.add(kind)
         return dict(found)
 
-    @torch.compiler.set_stance("force_eager")  # as above
+    @uncompiled()  # as above
     def _validate(self) -> Record:
         """What held-out data says, where it is time to ask."""
         every = self.config.validate_every

@@ -13,6 +13,7 @@ from torch import Tensor
 from looplm.data.pack import Batch
 from looplm.eval.loops import BEYOND, diagnose, follow_states, held_out_loss
 from looplm.model.block import ResidualAdapter
+from looplm.model.compiler import uncompiled
 from looplm.model.layer_inputs import Asides
 from looplm.model.loop.inject import DiagonalInject, LTIInject
 from looplm.model.loop.plan import LoopPlan
@@ -21,7 +22,7 @@ from looplm.model.looped import LoopedLM
 IDLE = 0.01  # nats that the loops after the first must gain, and relative change that one must make, or they do nothing
 
 
-@torch.compiler.set_stance("force_eager")  # compiled layers would be compiled once more, for inference
+@uncompiled()  # compiled layers would be compiled once more, for inference
 def probe_loops(model: LoopedLM, batch: Batch, *, n_loops: int) -> dict[str, float]:
     """All probes of `model` on `batch`; `n_loops` is the depth that it trains at."""
     found: dict[str, float] = {}

@@ -36,7 +36,7 @@ from looplm.errors import CheckpointError, TrainingError
 from looplm.files import write_whole
 from looplm.model.looped import LoopedLM, ModelConfig
 from looplm.optim.muon import SECOND_MOMENTUM
-from looplm.reading import read_yaml
+from looplm.reading import read_json, read_yaml
 
 MODEL, AVERAGE, TRAINING, STATE, MARKER, CONFIG = (
     "model.safetensors",
@@ -302,13 +302,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The state saved with the newest complete checkpoint: what a resume needs to know before it builds anything."""
     path = latest_checkpoint(folder)
     with _naming_the_one_before(folder, path):
-        try:
-            state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path / STATE} cannot be read ({error})") from None
-        if not isinstance(state, dict):
-            raise CheckpointError(f"{path / STATE} is not a mapping")
-    return state
+        return read_json(path / STATE, error=CheckpointError)
 
 
 def load_checkpoint(folder: Path, *, model: LoopedLM, optimizers: list[Optimizer]) -> None:

@@ -30,8 +30,10 @@ from looplm.data.bpe import EOS, TOKENIZER
 from looplm.data.documents import Skipped, parts_of, read_documents
 from looplm.errors import ConfigError, DataError
 from looplm.files import write_whole
+from looplm.reading import read_json
 
 MANIFEST = "manifest.json"
+MOST_MANIFEST_BYTES = 1 << 30  # of some millions of files and shards
 TRAIN, HELD_OUT = "train", "held_out"
 END_OF_TEXT = (EOS, "<|endoftext|>", "<EOS>", "</s>")  # by whatever name the tokenizer has it
 FIM_TAGS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
@@ -140,7 +142,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise DataError(f"{str(folder)!r} is not prepared text; make it: looplm data prepare --out {folder} SOURCE...")
     try:
-        data = json.loads(path.read_text())
+        data = read_json(path, what="manifest", most=MOST_MANIFEST_BYTES, error=DataError)
         data["shards"] = [Shard(**shard) for shard in data["shards"]]
         return Manifest(**data)
     except (ValueError, TypeError, KeyError) as error:

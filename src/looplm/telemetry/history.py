@@ -1,10 +1,12 @@
 """What a run has written of itself, read back."""
 
-import json
 from pathlib import Path
 
 from looplm.errors import CheckpointError
+from looplm.reading import parse_json, read_text
 from looplm.telemetry.sinks import METRICS, Record
+
+MOST_BYTES = 1 << 30  # some millions of records
 
 
 def read_history(run: Path) -> list[Record]:
@@ -17,9 +19,9 @@ def read_history(run: Path) -> list[Record]:
     if not path.is_file():
         raise CheckpointError(f"{str(run)!r} holds no {METRICS}; give a folder that `looplm train` made")
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path, most=MOST_BYTES, error=CheckpointError).splitlines():
         try:
-            records.append(json.loads(line))
+            records.append(parse_json(line))
         except ValueError:
             continue
     return records

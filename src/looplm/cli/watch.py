@@ -146,7 +146,7 @@ def report(
     page.table(["", "step", ""], rows)
     if (folder / SAMPLES).is_file():
         page.heading("Samples")
-        for line in (folder / SAMPLES).read_text(encoding="utf-8").splitlines()[-5:]:
+        for line in (folder / SAMPLES).read_text(encoding="utf-8", errors="replace").splitlines()[-5:]:
             page.code(line)
     page.heading("Config")
     page.code((folder / CONFIG).read_text(encoding="utf-8"))

@@ -92,7 +92,7 @@ class WandbSink:
             self._run = wandb.init(
                 project=project,
                 name=folder.name,
-                id=kept.read_text(),
+                id=kept.read_text(encoding="utf-8"),
                 dir=folder,
                 config=config,
                 resume="allow",

@@ -183,7 +183,9 @@ class Comparison:
             words = [str(recipe), "--out", str(run.folder)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.n_threads)}
         command = [sys.executable, "-m", "looplm", "train", *words]
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        ended = subprocess.run(
+            command, env=environment, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False
+        )
         if ended.returncode or not is_finished(run):
             said = "\n".join((ended.stdout + ended.stderr).splitlines()[-3:])
             raise TrainingError(f"{run.folder.name} did not end; what was done is kept, run the command again. {said}")

@@ -70,7 +70,7 @@ def load_run(run: str | Path) -> LoadedRun:
     """As `load`, with the run's config."""
     folder = run_folder(run)
     weights = weights_folder(folder)
-    config = read_yaml(folder / CONFIG)
+    config = _read_config(folder)
     model = LoopedLM.on("cpu", run_model_config(folder), draw=False)
     with _naming_the_one_before(folder, weights):
         load_weights(model, weights / (AVERAGE if _is_there(weights / AVERAGE) else MODEL))
@@ -79,11 +79,18 @@ def load_run(run: str | Path) -> LoadedRun:
 
 def run_model_config(run: str | Path) -> ModelConfig:
     """The model's config of a run folder, or of `builtin:reasoner`."""
-    path = run_folder(run) / CONFIG
-    section = read_yaml(path).get("model")
-    if not isinstance(section, dict):
-        raise CheckpointError(f"{path} has no `model:` section; it is not the config of a run")
-    return parse(ModelConfig, section, source=str(path))
+    folder = run_folder(run)
+    return parse(ModelConfig, _read_config(folder)["model"], source=str(folder / CONFIG))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The config of a run folder: sections, of which a model there always is."""
+    path = folder / CONFIG
+    config = read_yaml(path)
+    for name in ("model", *config):
+        if not isinstance(config.get(name), dict):
+            raise CheckpointError(f"{path} has no `{name}:` section of keys and values; it is not the config of a run")
+    return config
 
 
 def run_folder(run: str | Path) -> Path:

@@ -137,7 +137,8 @@ def report(
     page = Report(f"{run}")
     newest = records[-1]
     page.paragraph(
-        f"Step {newest['step']:,}, {newest['tokens']:,} tokens, {_clock(float(newest['seconds']))}.", dim=True
+        f"Step {newest['step']:,}, {newest.get('tokens', 0):,} tokens, {_clock(float(newest.get('seconds', 0)))}.",
+        dim=True,
     )
     page.image(history_plot(records), alt="curves over steps")
     page.heading("Newest numbers")

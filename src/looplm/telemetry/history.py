@@ -1,6 +1,7 @@
 """What a run has written of itself, read back."""
 
 from pathlib import Path
+from typing import Any
 
 from looplm.errors import CheckpointError
 from looplm.reading import parse_json, read_text
@@ -10,7 +11,8 @@ MOST_BYTES = 1 << 30  # some millions of records
 
 
 def read_history(run: Path) -> list[Record]:
-    """All records of a run folder, oldest first. A line that is being written is left out.
+    """All records of a run folder, oldest first. What is no record, such as a line that is being
+    written, is left out.
 
     Raises:
         CheckpointError: the folder holds no metrics.
@@ -21,10 +23,17 @@ def read_history(run: Path) -> list[Record]:
     records = []
     for line in read_text(path, most=MOST_BYTES, error=CheckpointError).splitlines():
         try:
-            records.append(parse_json(line))
+            record = parse_json(line)
         except ValueError:
             continue
+        if _is_record(record):
+            records.append(record)
     return records
+
+
+def _is_record(found: Any) -> bool:
+    """Whether a line is a record: numbers by name, the step among them."""
+    return isinstance(found, dict) and "step" in found and all(isinstance(n, int | float) for n in found.values())
 
 
 def series(records: list[Record], name: str) -> tuple[list[float], list[float]]:

@@ -77,7 +77,7 @@ def read_json(
     try:
         data = parse_json(text)
     except ValueError as reason:
-        raise error(f"{what} {str(path)!r} is not JSON ({reason})") from None
+        raise error(f"{what} {str(path)!r} cannot be read as JSON ({reason})") from None
     if not isinstance(data, dict):
         raise error(f"{what} {str(path)!r} must hold an object of keys and values, not {kind_of(data)}")
     return data

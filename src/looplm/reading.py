@@ -40,22 +40,22 @@ def read_bytes(
     Raises:
         error: `what` at `path` cannot be read; one line that names it.
     """
-    name = f"{what} {str(path)!r}"
+    name = f"{what} {str(path)!r} cannot be read"
     try:
         found = path.stat()
         if stat.S_ISDIR(found.st_mode):
-            raise error(f"{name} is a folder; give a file")
+            raise error(f"{name}: it is a folder; give a file")
         if not stat.S_ISREG(found.st_mode):
-            raise error(f"{name} is a device or a pipe; write it to a file first")
+            raise error(f"{name}: it is a device or a pipe; write it to a file first")
         if found.st_size > most:
             raise error(
-                f"{name} has {found.st_size:,} bytes, more than the {most:,} that are read; is it another file?"
+                f"{name}: it has {found.st_size:,} bytes, and no more than {most:,} are read; is it another file?"
             )
         return path.read_bytes()
     except FileNotFoundError:
-        raise error(f"{name} does not exist") from None
+        raise error(f"{name}: it does not exist") from None
     except (OSError, ValueError) as reason:  # ValueError: a zero byte in the path
-        raise error(f"{name} cannot be read ({getattr(reason, 'strerror', None) or reason})") from None
+        raise error(f"{name} ({getattr(reason, 'strerror', None) or reason})") from None
 
 
 def read_text(path: Path, *, what: str = "file", most: int = MOST_BYTES, error: type[LooplmError] = ConfigError) -> str:
@@ -64,9 +64,8 @@ def read_text(path: Path, *, what: str = "file", most: int = MOST_BYTES, error: 
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as reason:
-        raise error(
-            f"{what} {str(path)!r} is not UTF-8 (byte {data[reason.start]:#04x} at {reason.start}); save it as UTF-8"
-        ) from None
+        where = f"byte {data[reason.start]:#04x} at {reason.start:,}"
+        raise error(f"{what} {str(path)!r} cannot be read: it is not UTF-8 ({where}); save it as UTF-8") from None
 
 
 def read_json(

@@ -106,7 +106,7 @@ def load_exit(run: Path) -> EarlyExit:
     try:
         stored = read_json(path, error=CheckpointError)
         early, calibrated = EarlyExit(ExitRule.parse(str(stored["rule"])), stored["missing"]), str(stored["weights"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{str(path)!r} is not a calibration ({error}); make it again with `looplm calibrate`"
         ) from None

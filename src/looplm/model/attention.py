@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from looplm.config import Config
+from looplm.config import Config, PositiveFloat, Size
 from looplm.model.cache import Slot
 from looplm.model.layer_inputs import LayerInputs, Mask, Place
 from looplm.model.linear import LinearConfig, join_weights, make_linear, together
@@ -24,7 +24,7 @@ BLOCK = 128  # queries
 class ValueEmbedConfig(Config):
     """A table of values by token id, mixed into the values of every second layer, the last one always (nanochat)."""
 
-    n_channels: PositiveInt = 12
+    n_channels: Size = 12
     """Channels of the layer's input that the gate reads."""
     scale: PositiveFloat = 3.0
     """Largest share of a table row that is added."""
@@ -34,11 +34,11 @@ class GQAConfig(Config):
     """Grouped-query attention; n_kv_heads = n_heads is plain multi-head attention."""
 
     kind: Literal["gqa"] = "gqa"
-    n_heads: PositiveInt
+    n_heads: Size
     """Query heads."""
-    n_kv_heads: PositiveInt
+    n_kv_heads: Size
     """Key/value heads; divides n_heads."""
-    head_dim: PositiveInt
+    head_dim: Size
     """Width of one head, even (RoPE turns pairs of channels)."""
     fused_qkv: bool = False
     """Store the three projections as one matrix."""
@@ -46,7 +46,7 @@ class GQAConfig(Config):
     """RMS-normalise queries and keys per head."""
     qk_gain: PositiveFloat = 1.0
     """Queries and keys are multiplied by this after the norm."""
-    window: PositiveInt | None = None
+    window: Size | None = None
     """Tokens a windowed layer sees, itself included; null for all of them."""
     window_pattern: str = Field(default="S", pattern="^[SL]+$")
     """S for a windowed layer, L for one that sees all; repeated over the layers, the last one L if any is."""

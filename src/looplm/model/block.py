@@ -5,10 +5,10 @@ from dataclasses import replace
 from typing import Annotated, TypedDict
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from looplm.config import Config
+from looplm.config import Config, Loops, PositiveFloat, Size
 from looplm.model.attention import GQA, GQAConfig
 from looplm.model.cache import Slot
 from looplm.model.ffn import FFNConfig, Parallel, ParallelConfig, make_ffn
@@ -24,11 +24,11 @@ AttentionConfig = Annotated[GQAConfig | MLAConfig, Field(discriminator="kind")]
 class AdapterConfig(Config):
     """x + scale * (x a) b before the layer, with a pair (a, b) of its own for every loop (Nano-OSRT)."""
 
-    rank: PositiveInt
+    rank: Size
     """Inner width."""
     scale: PositiveFloat = 1.0
     """Factor of the product."""
-    n_loops: PositiveInt
+    n_loops: Loops
     """Loops with a pair of their own; later ones use the last."""
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from looplm.config import Config
+from looplm.config import Config, Layers, Loops, PositiveFloat, Size
 from looplm.errors import ConfigError, DataError
 from looplm.model.block import AdapterConfig, Block, BlockConfig, run_layers
 from looplm.model.cache import KVCache, Slot, join, left_behind
@@ -40,23 +40,23 @@ MAX_UNROLLED = 32  # layer applications that are compiled as one; a minute of co
 class ModelConfig(Config):
     """A looped language model. n_loops = 1 with no injection is a plain transformer."""
 
-    vocab_size: PositiveInt
+    vocab_size: Size
     """Token ids that can be embedded and are given logits."""
-    used_vocab: PositiveInt | None = None
+    used_vocab: Size | None = None
     """Ids that are ever a target or sampled, the first of vocab_size; null for all of them."""
-    vocab_multiple: PositiveInt = 1
+    vocab_multiple: Size = 1
     """The embedding's rows are rounded up to a multiple of this; the rows beyond vocab_size get no logits."""
-    d_model: PositiveInt
+    d_model: Size
     """Width of the state."""
-    seq_len: PositiveInt
+    seq_len: Size
     """Longest context in tokens: prompt and answer together."""
-    n_prelude: NonNegativeInt = 0
+    n_prelude: Layers = 0
     """Layers before the loop."""
-    n_core: PositiveInt
+    n_core: Layers = Field(gt=0)
     """Layers inside the loop."""
-    n_coda: NonNegativeInt = 0
+    n_coda: Layers = 0
     """Layers after the loop."""
-    n_loops: PositiveInt
+    n_loops: Loops
     """Loops run when the caller does not say."""
     block: BlockConfig
     """The parts of every layer."""
@@ -82,7 +82,7 @@ class ModelConfig(Config):
     """Logits become softcap * tanh(logits / softcap); null for as they are."""
     tied_head: bool = True
     """Use the embedding as the output head."""
-    n_outputs: PositiveInt | None = None
+    n_outputs: Size | None = None
     """Rows of an untied head, where the answers are not the input tokens; null for vocab_size."""
     init: Literal["normal", "scaled"] = "scaled"
     """normal: N(0, init_std) everywhere; scaled: N(0, 1/sqrt(d_in)), output projections zero."""

@@ -7,10 +7,10 @@ needs no buffer to be long enough.
 from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 from torch import Tensor
 
-from looplm.config import Config
+from looplm.config import Config, Number, PositiveFloat
 
 # half: channel i turns with channel i + K/2 (GPT-NeoX); interleaved: channel 2i with 2i + 1 (the paper, OpenMythos)
 Pairing = Literal["half", "interleaved"]
@@ -23,7 +23,7 @@ class RopeConfig(Config):
     """Base wavelength in tokens."""
     pairing: Pairing = "half"
     """Which channels turn together."""
-    ntk_factor: float = Field(default=1.0, ge=1)
+    ntk_factor: Number = Field(default=1.0, ge=1)
     """Context length over the trained one, for NTK-aware scaling."""
 
 

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from pydantic import PositiveFloat
 
-from looplm.config import PRESETS, Config, did_you_mean, parse
+from looplm.config import PRESETS, Config, PositiveFloat, did_you_mean, parse
 from looplm.data.prepared import PreparedConfig
 from looplm.data.sources import DataConfig, PermutationsConfig, ReasoningConfig, row_length
 from looplm.errors import ConfigError

@@ -10,7 +10,7 @@ from pydantic import model_validator
 
 from looplm import dist
 from looplm.checkpoint import CONFIG, run_folder, write_text
-from looplm.config import Config, apply_overrides, load_preset, parse, to_yaml
+from looplm.config import Config, load_preset, parse, to_yaml
 from looplm.data.bpe import TOKENIZER
 from looplm.data.bytes import VOCAB_SIZE as N_BYTES
 from looplm.data.bytes import BytesConfig
@@ -117,7 +117,7 @@ def resolve_run(recipe: str, *, overrides: Iterable[str] = (), model: str | None
     data = load_preset("run", recipe)
     if model is not None:
         data["model"] = model
-    return parse(RunConfig, apply_overrides(_with_model(data), overrides), source=f"run {recipe!r}")
+    return parse(RunConfig, _with_model(data), source=f"run {recipe!r}", overrides=list(overrides))
 
 
 def start_run(config: RunConfig, out: Path, *, observers: tuple[Observer, ...] = ()) -> FitResult:
@@ -152,7 +152,7 @@ def resume_run(run: Path, *, overrides: Iterable[str] = (), observers: tuple[Obs
             raise ConfigError(
                 f"{key!r} cannot change on resume: the run would be another one. What can: {', '.join(CHANGEABLE)}."
             )
-    config = parse(RunConfig, apply_overrides(read_yaml(folder / CONFIG), overrides), source=str(folder / CONFIG))
+    config = parse(RunConfig, read_yaml(folder / CONFIG), source=str(folder / CONFIG), overrides=overrides)
     with dist.process_group(device=config.train.runtime.device):
         if overrides and dist.is_main():
             write_text(folder / CONFIG, to_yaml(config))

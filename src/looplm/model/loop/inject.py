@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 from torch import Tensor, nn
 
-from looplm.config import Config
+from looplm.config import Config, Number, PositiveFloat
 from looplm.model.norm import RMSNorm
 
 # exp(-x) rounds to 1 in fp32 below 6e-8; this floor keeps the decay representably below 1 whatever is learned.
@@ -37,7 +37,7 @@ class GateInjectConfig(Config):
     """g * state + (1 - g) * e with one learned scalar, g = sigmoid(gate): NRM's think gate."""
 
     kind: Literal["gate"] = "gate"
-    init: float = 0.5
+    init: Number = 0.5
     """Initial value of the scalar before the sigmoid."""
 
 

@@ -35,6 +35,7 @@ from looplm.config import parse
 from looplm.errors import CheckpointError, TrainingError
 from looplm.files import write_whole
 from looplm.model.looped import LoopedLM, ModelConfig
+from looplm.model.memory import check_model_fits
 from looplm.optim.muon import SECOND_MOMENTUM
 from looplm.reading import read_json, read_yaml
 
@@ -71,7 +72,9 @@ def load_run(run: str | Path) -> LoadedRun:
     folder = run_folder(run)
     weights = weights_folder(folder)
     config = _read_config(folder)
-    model = LoopedLM.on("cpu", run_model_config(folder), draw=False)
+    model_config = run_model_config(folder)
+    check_model_fits(model_config)
+    model = LoopedLM.on("cpu", model_config, draw=False)
     with _naming_the_one_before(folder, weights):
         load_weights(model, weights / (AVERAGE if _is_there(weights / AVERAGE) else MODEL))
     return LoadedRun(model.eval(), config, weights)

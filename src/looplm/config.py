@@ -251,7 +251,7 @@ def _explain(cls: type[BaseModel], problems: Sequence[ErrorDetails], data: Mappi
     first = problems[0]
     path = _path(first, data)
     same = [each for each in problems if _path(each, data) == path]  # several, for the members of a union
-    where = ".".join(map(str, path)) or "(top level)"
+    where = ".".join(map(str, path))
     if first["type"] == "extra_forbidden":
         known = _known_keys(cls, first["loc"][:-1])
         text = f"unknown key {_shown(where)}{did_you_mean(first['loc'][-1], known)}"
@@ -262,7 +262,7 @@ def _explain(cls: type[BaseModel], problems: Sequence[ErrorDetails], data: Mappi
     elif first["type"] in ("union_tag_invalid", "union_tag_not_found"):
         text = _explain_kind(first, where)
     elif first["type"] == "value_error" and len(same) == 1:
-        text = f"{where}: {first['msg'].removeprefix('Value error, ')}"
+        text = f"{where}: " * bool(where) + first["msg"].removeprefix("Value error, ")
     else:
         wanted = " or ".join(dict.fromkeys(map(_wanted, same)))
         words = [word for each in same for word in _quoted(each["msg"]) if each["type"] == "literal_error"]

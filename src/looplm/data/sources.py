@@ -160,6 +160,15 @@ def row_length(config: DataConfig) -> int:
     return config.longest_row if isinstance(config, PreparedConfig) else config.row_len
 
 
+def batch_tokens(config: DataConfig) -> int:
+    """Tokens of the largest micro-batch that `config` gives."""
+    if isinstance(config, PermutationsConfig):
+        return config.batch_size * row_length(config)
+    if isinstance(config, PreparedConfig):
+        return max(phase.n_rows * phase.row_len for phase in config.in_full())
+    return config.n_rows * config.row_len
+
+
 def held_out_text(config: BytesConfig | PreparedConfig) -> TextSource:
     """The part of a text that is never learned from."""
     if isinstance(config, PreparedConfig):

@@ -23,6 +23,7 @@ LARGEST = 2**63 - 1  # whole numbers beyond have no place in a tensor
 MOST_SIZE = 2**31 - 1  # of one dimension; what a machine has memory for is decided when a run starts
 MOST_LAYERS = 1000  # each is a Python object of its own, whatever its size
 MOST_LOOPS = 100_000
+MOST_SCALE = 1e30  # and its inverse: what fp32 holds with room for what it is multiplied by
 
 
 class Config(BaseModel):
@@ -45,6 +46,8 @@ def _as_number(value: Any) -> Any:
 Number = Annotated[float, BeforeValidator(_as_number)]
 PositiveFloat = Annotated[Number, Field(gt=0)]
 NonNegativeFloat = Annotated[Number, Field(ge=0)]
+Scale = Annotated[Number, Field(gt=0, ge=1 / MOST_SCALE, le=MOST_SCALE)]
+"""A factor of tensors."""
 PositiveInt = Annotated[int, BeforeValidator(_as_number), Field(gt=0, le=LARGEST)]
 NonNegativeInt = Annotated[int, BeforeValidator(_as_number), Field(ge=0, le=LARGEST)]
 Seed = NonNegativeInt
@@ -290,7 +293,11 @@ def _wanted(problem: ErrorDetails) -> str:
         return "true or false"
     if problem["type"] == "value_error":
         return "a number"
-    return problem["msg"].removeprefix("Input should be ")
+    bound = [value for name, value in problem.get("ctx", {}).items() if name in ("ge", "gt", "le", "lt")]
+    text = problem["msg"].removeprefix("Input should be ")
+    if bound and isinstance(bound[0], float):  # which pydantic writes out in full
+        text = re.sub(r"[-0-9.e+]+$", f"{bound[0]:g}", text)
+    return text
 
 
 def _quoted(text: str) -> list[str]:

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from looplm.config import Config, PositiveFloat, Size
+from looplm.config import Config, Scale, Size
 from looplm.model.cache import Slot
 from looplm.model.layer_inputs import LayerInputs, Mask, Place
 from looplm.model.linear import LinearConfig, join_weights, make_linear, together
 from looplm.model.norm import RMSNorm
-from looplm.model.rope import RopeConfig, apply_rope
+from looplm.model.rope import RopeConfig, apply_rope, check_turning
 
 BLOCK = 128  # queries
 
@@ -26,7 +26,7 @@ class ValueEmbedConfig(Config):
 
     n_channels: Size = 12
     """Channels of the layer's input that the gate reads."""
-    scale: PositiveFloat = 3.0
+    scale: Scale = 3.0
     """Largest share of a table row that is added."""
 
 
@@ -44,7 +44,7 @@ class GQAConfig(Config):
     """Store the three projections as one matrix."""
     qk_norm: Literal["none", "before_rope", "after_rope"] = "none"
     """RMS-normalise queries and keys per head."""
-    qk_gain: PositiveFloat = 1.0
+    qk_gain: Scale = 1.0
     """Queries and keys are multiplied by this after the norm."""
     window: Size | None = None
     """Tokens a windowed layer sees, itself included; null for all of them."""
@@ -61,6 +61,7 @@ class GQAConfig(Config):
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; RoPE needs an even width")
+        check_turning(self.rope, self.head_dim, name="head_dim")
         if "L" in self.window_pattern and self.window is None:
             raise ValueError(f"window_pattern {self.window_pattern!r} needs a window")
         return self

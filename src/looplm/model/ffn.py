@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from looplm.config import Config, Number, Size
+from looplm.config import MOST_SCALE, Config, Number, Size
 from looplm.model.layer_inputs import LayerInputs
 from looplm.model.linear import LinearConfig, join_weights, make_linear
 from looplm.model.moe import MoE, MoEConfig
@@ -42,7 +42,7 @@ class ParallelConfig(Config):
     """Inner width of the dense branch."""
     moe: MoEConfig
     """The other branch."""
-    gate_init: Number = 0.5
+    gate_init: Number = Field(default=0.5, ge=-MOST_SCALE, le=MOST_SCALE)
     """Initial value of both scalars."""
 
 

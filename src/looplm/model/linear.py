@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from looplm.config import Config, PositiveFloat, Size
+from looplm.config import Config, Scale, Size
 
 
 class FullConfig(Config):
@@ -29,7 +29,7 @@ class HRAConfig(Config):
     kind: Literal["hra"] = "hra"
     rank: Size
     """Inner width of the product."""
-    scale: PositiveFloat = 1.0
+    scale: Scale = 1.0
     """Factor of the product."""
 
 

@@ -12,8 +12,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from looplm.config import Config, Layers, Loops, PositiveFloat, Size
+from looplm.config import Config, Layers, Loops, Scale, Size
 from looplm.errors import ConfigError, DataError
+from looplm.model.attention import GQAConfig
 from looplm.model.block import AdapterConfig, Block, BlockConfig, run_layers
 from looplm.model.cache import KVCache, Slot, join, left_behind
 from looplm.model.compiler import LaysOut, has_compiler
@@ -31,7 +32,7 @@ from looplm.model.moe import MoEConfig, total_loads
 from looplm.model.norm import RMSNorm
 from looplm.model.one_token import CompiledParts
 from looplm.model.partial import begin, go_on
-from looplm.model.smear import SmearConfig, make_smear
+from looplm.model.smear import GateSmearConfig, SmearConfig, make_smear
 
 BACKOUT_INIT = 0.2  # nanochat's
 MAX_UNROLLED = 32  # layer applications that are compiled as one; a minute of compiling at most
@@ -78,7 +79,7 @@ class ModelConfig(Config):
     """RMS-normalise the embeddings, without weight."""
     backout: bool = False
     """Take a learned share of the stream after the middle layer out of the last one (nanochat)."""
-    softcap: PositiveFloat | None = None
+    softcap: Scale | None = None
     """Logits become softcap * tanh(logits / softcap); null for as they are."""
     tied_head: bool = True
     """Use the embedding as the output head."""
@@ -86,7 +87,7 @@ class ModelConfig(Config):
     """Rows of an untied head, where the answers are not the input tokens; null for vocab_size."""
     init: Literal["normal", "scaled"] = "scaled"
     """normal: N(0, init_std) everywhere; scaled: N(0, 1/sqrt(d_in)), output projections zero."""
-    init_std: PositiveFloat = 0.02
+    init_std: Scale = 0.02
     """Standard deviation of the embedding, and of everything for `normal`."""
 
     @model_validator(mode="after")
@@ -97,6 +98,14 @@ class ModelConfig(Config):
             raise ValueError("experts are stored as full matrices: low_rank linears and a moe do not go together")
         if self.used_vocab is not None and self.used_vocab > self.vocab_size:
             raise ValueError(f"used_vocab {self.used_vocab} is more than vocab_size {self.vocab_size}")
+        attention = self.block.attention
+        gates = {
+            "smear": self.smear if isinstance(self.smear, GateSmearConfig) else None,
+            "block.attention.value_embed": attention.value_embed if isinstance(attention, GQAConfig) else None,
+        }
+        for name, gate in gates.items():
+            if gate is not None and gate.n_channels > self.d_model:
+                raise ValueError(f"{name}.n_channels {gate.n_channels} is more than d_model {self.d_model}: lower it")
         return self
 
     @property

@@ -19,7 +19,7 @@ from looplm.model.cache import Slot
 from looplm.model.layer_inputs import LayerInputs, Mask, Place
 from looplm.model.linear import LinearConfig, join_weights, make_linear, together
 from looplm.model.norm import RMSNorm
-from looplm.model.rope import RopeConfig, apply_rope
+from looplm.model.rope import RopeConfig, apply_rope, check_turning
 
 
 class MLAConfig(Config):
@@ -45,6 +45,7 @@ class MLAConfig(Config):
     def _even(self) -> "MLAConfig":
         if self.rope_dim % 2:
             raise ValueError(f"rope_dim {self.rope_dim} is odd; RoPE needs an even width")
+        check_turning(self.rope, self.rope_dim, name="rope_dim")
         return self
 
     @property

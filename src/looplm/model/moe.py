@@ -47,7 +47,7 @@ class MoEConfig(Config):
     """Loops with a learned embedding that the router reads beside the token, later ones the last; null for none."""
     has_bias: bool = False
     """Keep a bias per expert that moves the choice, not the gate: a buffer, which gets no gradient."""
-    bias_rate: NonNegativeFloat = 0.0
+    bias_rate: NonNegativeFloat = Field(default=0.0, le=1)
     """Step of the bias after every update: up for experts with less than the mean load, down for the others
     (DeepSeek-V3, 2024); 0 never moves it."""
     capacity_factor: PositiveFloat | None = None

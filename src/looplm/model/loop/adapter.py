@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from looplm.config import Config, Loops, PositiveFloat, Size
+from looplm.config import Config, Loops, Scale, Size
 
 
 class LoopLoRAConfig(Config):
@@ -13,7 +13,7 @@ class LoopLoRAConfig(Config):
     """Inner width."""
     n_loops: Loops
     """Loops with a scale of their own; later ones use the last."""
-    max_scale: PositiveFloat | None = None
+    max_scale: Scale | None = None
     """Largest magnitude of a scale; null for no bound."""
 
 

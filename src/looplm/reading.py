@@ -191,6 +191,12 @@ class _Loader(yaml.SafeLoader):
     TEXT_TAG = "tag:yaml.org,2002:str"
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012, as the class above has it
 
+    def fetch_flow_collection_start(self, TokenClass: type[yaml.Token]) -> None:
+        # here, not at a node: what reads tokens looks a thousand brackets ahead, in time that grows as their square
+        if self.flow_level >= MOST_LEVELS:
+            raise yaml.YAMLError(f"more than {MOST_LEVELS} levels")
+        super().fetch_flow_collection_start(TokenClass)
+
 
 class _Dumper(yaml.SafeDumper):
     """Quotes every text that would be read as something else."""

@@ -230,7 +230,7 @@ def main() -> None:
             print(f"{each['name']}: {each['below_nanochat']:+.4f} bits below nanochat's best (to reach: 0.05)")
     if given.json:
         told = {"tokenizer": "bytes", "seconds": given.seconds, "threads": given.threads, "torch": torch.__version__}
-        given.json.write_text(json.dumps(told | {"results": results}, indent=1))
+        given.json.write_text(json.dumps(told | {"results": results}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

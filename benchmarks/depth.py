@@ -272,7 +272,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     result = {"what": given.what, "threads": given.threads, "torch": torch.__version__, **parts[given.what](given.run)}
     if given.json is not None:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+        given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if given.plot is not None:
         plot(result, given.plot)
 

@@ -430,7 +430,7 @@ def main() -> None:
                 measure(build(), parts=arguments.parts, rounds=arguments.rounds, compiles=compiles, rates=rates)
             )
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def main() -> None:
             )
     if given.json:
         told = {"hardware": hardware, "torch": torch.__version__, "results": results}
-        given.json.write_text(json.dumps(told, indent=1))
+        given.json.write_text(json.dumps(told, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def write_reasoner(run: Path, *, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     loaded = load_run(run)
     save_weights(loaded.model, folder / MODEL, dtype=torch.bfloat16)
-    (folder / CONFIG).write_text((run_folder(run) / CONFIG).read_text())
+    (folder / CONFIG).write_bytes((run_folder(run) / CONFIG).read_bytes())
     made = describe(run, recipe=recipe)
     result = evaluate(load_reasoner(folder), held_out_questions(N_QUESTIONS))
     rows = [
@@ -51,7 +51,8 @@ def write_reasoner(run: Path, *, name: str) -> None:
         f"Made by `{made['command']}` on {made['on']} of a CPU ({made['minutes']} minutes, {made['steps']:,} steps, "
         f"{made['tokens']:,} tokens), then rounded to bf16 by `python recipes/builtin.py {name} RUN`.\n\n"
         f"`looplm eval builtin:{name} --suite reasoning --n {N_QUESTIONS}`, {result.n_loops} loops:\n\n"
-        "| task | % right | 95 % interval |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+        "| task | % right | 95 % interval |\n|---|---|---|\n" + "\n".join(rows) + "\n",
+        encoding="utf-8",
     )
     show(result)
 
@@ -60,10 +61,10 @@ def write_score(name: str, run: Path) -> None:
     """Add the scores of `run` under `name`."""
     result = evaluate(load_reasoner(run), held_out_questions(N_QUESTIONS))
     path = BUILTIN / "results.json"
-    saved = json.loads(path.read_text()) if path.is_file() else {}
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     tasks = {task: score.as_dict() for task, score in result.scores.items()}
     saved[name] = {**describe(run, recipe="reason-nrm"), "n_loops": result.n_loops, "tasks": tasks}
-    path.write_text(json.dumps(saved, indent=1) + "\n")
+    path.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
     show(result)
 
 

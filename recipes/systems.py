@@ -109,7 +109,7 @@ def run(name: str, out: Path, *, flops: float, seed: int) -> None:
         "seed": seed,
         "scores": {n: score(trained, batches, n_loops=n) for n in loops},
     }
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for n, each in result["scores"].items():
         print(
             f"{name} {n} loops: {each['loss']:.4f} +- {each['half_interval']:.4f}, "
@@ -124,7 +124,7 @@ def table(folder: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
     figure, axes = plt.subplots(1, len(PAIRS), figsize=(13, 3.4), sharey=True)
     print("| preset | parameters | tokens | " + " | ".join(f"loss, {n} loop{'s' * (n > 1)}" for n in LOOPS) + " |")
     print("|---|---|---|" + "---|" * len(LOOPS))

@@ -198,7 +198,7 @@ def test_a_damaged_newest_checkpoint_names_the_one_before(tmp_path: Path, run: P
     with pytest.raises(CheckpointError, match=rf"cut short.*delete .*{second.name} to go back to {first.name}"):
         load(run)
     (second / "state.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"state\.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"state\.json' cannot be read"):
         read_state(run)
 
 

@@ -28,11 +28,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from looplm import dist
-from looplm.config import load_yaml, parse
+from looplm.config import parse
 from looplm.errors import CheckpointError, TrainingError
 from looplm.files import write_whole
 from looplm.model.looped import LoopedLM, ModelConfig
+from looplm.model.memory import check_model_fits
 from looplm.optim.muon import SECOND_MOMENTUM
+from looplm.reading import read_json, read_yaml
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint import HuggingFaceStorageReader
@@ -69,8 +71,10 @@ def load_run(run: str | Path) -> LoadedRun:
     """As `load`, with the run's config."""
     folder = run_folder(run)
     weights = weights_folder(folder)
-    config = load_yaml(folder / CONFIG)
-    model = LoopedLM.on("cpu", run_model_config(folder), draw=False)
+    config = _read_config(folder)
+    model_config = run_model_config(folder)
+    check_model_fits(model_config)
+    model = LoopedLM.on("cpu", model_config, draw=False)
     with _naming_the_one_before(folder, weights):
         load_weights(model, weights / (AVERAGE if _is_there(weights / AVERAGE) else MODEL))
     return LoadedRun(model.eval(), config, weights)
@@ -78,11 +82,18 @@ def load_run(run: str | Path) -> LoadedRun:
 
 def run_model_config(run: str | Path) -> ModelConfig:
     """The model's config of a run folder, or of `builtin:reasoner`."""
-    path = run_folder(run) / CONFIG
-    section = load_yaml(path).get("model")
-    if not isinstance(section, dict):
-        raise CheckpointError(f"{path} has no `model:` section; it is not the config of a run")
-    return parse(ModelConfig, section, source=str(path))
+    folder = run_folder(run)
+    return parse(ModelConfig, _read_config(folder)["model"], source=str(folder / CONFIG))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The config of a run folder: sections, of which a model there always is."""
+    path = folder / CONFIG
+    config = read_yaml(path)
+    for name in ("model", *config):
+        if not isinstance(config.get(name), dict):
+            raise CheckpointError(f"{path} has no `{name}:` section of keys and values; it is not the config of a run")
+    return config
 
 
 def run_folder(run: str | Path) -> Path:
@@ -322,13 +333,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The state saved with the newest complete checkpoint: what a resume needs to know before it builds anything."""
     path = latest_checkpoint(folder)
     with _naming_the_one_before(folder, path):
-        try:
-            state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path / STATE} cannot be read ({error})") from None
-        if not isinstance(state, dict):
-            raise CheckpointError(f"{path / STATE} is not a mapping")
-    return state
+        return read_json(path / STATE, error=CheckpointError)
 
 
 def load_checkpoint(folder: Path, *, model: LoopedLM, optimizers: list[Optimizer]) -> None:

@@ -35,6 +35,7 @@ def compare(
     from looplm.checkpoint import write_text
     from looplm.errors import ConfigError
     from looplm.eval.plots import arms_plot
+    from looplm.files import write_whole
     from looplm.train.compare import Comparison, as_records, markdown, verdicts
     from looplm.train.run import resolve_run
 
@@ -56,7 +57,7 @@ def compare(
     title = f"{recipe}: looped against its baselines"
     write_text(folder / "report.md", markdown(found, title=title, command=shlex.join(words), machine=machine))
     write_text(folder / "report.json", json.dumps(as_records(found), indent=1) + "\n")
-    (folder / "report.png").write_bytes(arms_plot({arm.name: arm.scores for arm in found}))
+    write_whole(folder / "report.png", arms_plot({arm.name: arm.scores for arm in found}))
     for line in verdicts(found):
         typer.echo(line)
     typer.echo(f"report: {folder / 'report.md'}")

@@ -18,15 +18,10 @@ def import_(
     ] = None,
 ) -> None:
     """Make a run folder of another system's checkpoint; every other command takes it."""
-    import json
-
-    from looplm.errors import ConfigError
     from looplm.hf.files import import_run
+    from looplm.reading import read_json
 
-    try:
-        fields = json.loads(config.read_text(encoding="utf-8")) if config is not None else {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--config {str(config)!r} cannot be read as JSON ({error})") from None
+    fields = read_json(config, what="--config") if config is not None else {}
     model = import_run(system, checkpoint, out=out, config=fields)
     size = sum(parameter.numel() for parameter in model.parameters())
     typer.echo(f"{out}: {size:,} parameters of {system}, {model.config.n_loops} loops")

@@ -7,12 +7,11 @@ import importlib.util
 import time
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from json import loads
 from pathlib import Path
 
 import typer
 
-from looplm.checkpoint import load
+from looplm.checkpoint import load, write_text
 from looplm.cli.progress import CountProgress, TrainingProgress
 from looplm.cli.show import reasoning_table, staircase_table
 from looplm.errors import ConfigError, TrainingError
@@ -21,7 +20,10 @@ from looplm.eval.plots import comparison_plot, loops_plot, loss_plot, staircase_
 from looplm.eval.reasoning import FORMAT_TASK, Result, evaluate, held_out_questions, load_reasoner
 from looplm.eval.report import Report
 from looplm.eval.staircase import LENGTHS, LOOPS, Row, evaluate_staircase
+from looplm.files import write_whole
 from looplm.infer.reasoner import Reasoner, Reply
+from looplm.reading import read_json
+from looplm.telemetry.history import read_history
 from looplm.train.run import resolve_run, start_run
 
 STAIRCASE_SHARE = 0.08  # of the wall time, for each of the three models
@@ -61,7 +63,7 @@ def run_demo(*, minutes: float, out: Path, seed: int) -> None:
     _staircase(folder, report, minutes=minutes, seed=seed)
     _reasoner(folder, report, minutes=minutes, seed=seed)
     path = folder / "report.html"
-    path.write_text(report.html(), encoding="utf-8")
+    write_text(path, report.html())
     typer.echo(f"\nreport: {path}   ({(time.perf_counter() - started) / 60:.1f} minutes in all)")
     typer.echo(f"talk to what you trained:   looplm chat {folder / 'reason'}")
     typer.echo("talk to the built-in one:   looplm chat")
@@ -82,7 +84,7 @@ def _staircase(folder: Path, report: Report, *, minutes: float, seed: int) -> No
             rows[name] = evaluate_staircase(model, rules=rules, on_progress=progress)
     staircase_table("sequences with every position right, %", rows)
     plot = staircase_plot(rows)
-    (folder / "staircase.png").write_bytes(plot)
+    write_whole(folder / "staircase.png", plot)
     typer.echo(f"plot: {folder / 'staircase.png'}")
     report.heading("The loop staircase: permutation tracking in S3")
     report.paragraph(
@@ -147,7 +149,7 @@ def _report_reasoner(
         loops_plot({count: each.scores for count, each in dial.items()}, trained=str(result.n_loops)),
         alt="accuracy by number of loops",
     )
-    records = [loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = read_history(run)
     if records:
         report.image(loss_plot(records), alt="training loss")
     report.heading("Beyond the trained ranges")
@@ -176,7 +178,7 @@ def _saved() -> dict[str, Mapping[str, Score | float]]:
     path = resources.files("looplm").joinpath("builtin/results.json")
     if not path.is_file():
         return {}
-    saved = loads(path.read_text(encoding="utf-8"))
+    saved = read_json(Path(str(path)))
     return {
         f"{name} ({entry['minutes']:g} min, saved)": {
             task: Score(round(score["accuracy"] * score["n"]), score["n"]) for task, score in entry["tasks"].items()

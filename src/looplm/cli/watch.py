@@ -138,7 +138,8 @@ def report(
     page = Report(f"{run}")
     newest = records[-1]
     page.paragraph(
-        f"Step {newest['step']:,}, {newest['tokens']:,} tokens, {_clock(float(newest['seconds']))}.", dim=True
+        f"Step {newest['step']:,}, {newest.get('tokens', 0):,} tokens, {_clock(float(newest.get('seconds', 0)))}.",
+        dim=True,
     )
     page.image(history_plot(records), alt="curves over steps")
     page.heading("Newest numbers")
@@ -147,7 +148,7 @@ def report(
     page.table(["", "step", ""], rows)
     if (folder / SAMPLES).is_file():
         page.heading("Samples")
-        for line in (folder / SAMPLES).read_text(encoding="utf-8").splitlines()[-5:]:
+        for line in (folder / SAMPLES).read_text(encoding="utf-8", errors="replace").splitlines()[-5:]:
             page.code(line)
     page.heading("Config")
     page.code((folder / CONFIG).read_text(encoding="utf-8"))

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from looplm.errors import ConfigError, DataError
 from looplm.files import write_whole
+from looplm.reading import read_text
 
 # Ids are places in this tuple: v4's order and spelling, so that its checkpoints keep their meaning.
 SPECIAL = (
@@ -37,6 +38,7 @@ PAD, BOS, EOS, UNKNOWN = SPECIAL[:4]
 N_BYTES = 256
 MAX_DIGITS = 3
 TOKENIZER, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+MOST_BYTES = 1 << 28  # of a tokenizer.json; those of 256,000 tokens have some 40 MB
 
 # What both Hugging Face and plain Jinja render, with or without `trim_blocks`: no line ends, no extension's tags. Only
 # the assistant's turns are closed, for it alone must learn where they end.
@@ -179,8 +181,9 @@ def load_tokenizer(path: Path, *, reads_tags: bool = False) -> Tokenizer:
     file = path / TOKENIZER if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"no tokenizer in {str(path)!r}; make one with `looplm tokenizer train`")
+    text = read_text(file, what="tokenizer", most=MOST_BYTES, error=DataError)
     try:
-        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the Rust side raises no narrower class
         raise DataError(f"{str(file)!r} is not a whole tokenizer ({error}); train or copy it again") from None
     tokenizer.encode_special_tokens = not reads_tags

@@ -8,9 +8,8 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import PositiveInt
 
-from looplm.config import Config
+from looplm.config import Config, Size
 from looplm.data.pack import Batch
 from looplm.errors import DataError
 
@@ -24,9 +23,9 @@ class BytesConfig(Config):
     kind: Literal["bytes"] = "bytes"
     path: str
     """The file."""
-    n_rows: PositiveInt = 16
+    n_rows: Size = 16
     """Rows of a micro-batch."""
-    row_len: PositiveInt = 256
+    row_len: Size = 256
     """Bytes of a row."""
 
 

@@ -9,7 +9,6 @@ counted, never passed on changed.
 
 import glob
 import io
-import json
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from looplm.errors import DataError
+from looplm.reading import parse_json
 
 HUB, BUILTIN_PYTHON = "hub:", "builtin:python"
 KINDS = (".txt", ".md", ".py", ".jsonl", ".parquet")  # of files in a folder; each also with .zst, parquet not
@@ -119,8 +119,8 @@ def _json_lines(path: Path, skipped: Skipped) -> Iterator[Any]:
             if not line.strip():
                 continue
             try:
-                yield json.loads(line)
-            except UnicodeDecodeError:
+                yield parse_json(line)
+            except UnicodeError:
                 skipped["not UTF-8"] += 1
             except ValueError:
                 skipped["not JSON"] += 1

@@ -22,16 +22,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from tokenizers import Tokenizer
 
-from looplm.config import Config
+from looplm.config import Config, Number, Seed, Size
 from looplm.data.bpe import EOS, TOKENIZER
 from looplm.data.documents import Skipped, parts_of, read_documents
 from looplm.errors import ConfigError, DataError
 from looplm.files import write_whole
+from looplm.reading import read_json
 
 MANIFEST = "manifest.json"
+MOST_MANIFEST_BYTES = 1 << 30  # of some millions of files and shards
 TRAIN, HELD_OUT = "train", "held_out"
 END_OF_TEXT = (EOS, "<|endoftext|>", "<EOS>", "</s>")  # by whatever name the tokenizer has it
 FIM_TAGS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
@@ -46,13 +48,13 @@ class PrepareConfig(Config):
     """As `looplm.data.documents` reads them."""
     field: str | None = None
     """Field of a record that holds its text; null for the usual ones."""
-    held_out: float = Field(default=0.01, ge=0, lt=1)
+    held_out: Number = Field(default=0.01, ge=0, lt=1)
     """Share of the documents that is never learned from."""
-    fim: float = Field(default=0.0, ge=0, le=1)
+    fim: Number = Field(default=0.0, ge=0, le=1)
     """Share of the documents turned into prefix, suffix, middle (Bavarian et al. 2022), for models that fill in."""
-    shard_tokens: PositiveInt = 1 << 24
+    shard_tokens: Size = 1 << 24
     """Tokens after which a shard is closed."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seeds the order within shards."""
 
 
@@ -140,7 +142,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise DataError(f"{str(folder)!r} is not prepared text; make it: looplm data prepare --out {folder} SOURCE...")
     try:
-        data = json.loads(path.read_text())
+        data = read_json(path, what="manifest", most=MOST_MANIFEST_BYTES, error=DataError)
         data["shards"] = [Shard(**shard) for shard in data["shards"]]
         return Manifest(**data)
     except (ValueError, TypeError, KeyError) as error:

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from tokenizers import Tokenizer
 
-from looplm.config import Config
+from looplm.config import Config, PositiveFloat, PositiveInt, Size
 from looplm.data.bpe import load_tokenizer, token_bytes, train_bpe
 from looplm.data.documents import BUILTIN_PYTHON, read_documents
 from looplm.data.prepare import HELD_OUT, TRAIN, PrepareConfig, Shard, prepare, read_manifest
@@ -45,9 +45,9 @@ class PhaseConfig(Config):
     """Micro-batches; null, for the last phase, for all that follow."""
     folders: dict[str, PositiveFloat] | None = None
     """Prepared folders with their weights."""
-    n_rows: PositiveInt | None = None
+    n_rows: Size | None = None
     """Rows of a micro-batch."""
-    row_len: PositiveInt | None = None
+    row_len: Size | None = None
     """Tokens of a row."""
 
 
@@ -57,11 +57,11 @@ class PreparedConfig(Config):
     kind: Literal["prepared"] = "prepared"
     folders: dict[str, PositiveFloat]
     """Prepared folders with their weights, or one folder; builtin:python is the Python standard library."""
-    n_rows: PositiveInt = 16
+    n_rows: Size = 16
     """Rows of a micro-batch."""
-    n_tokens: PositiveInt | None = None
+    n_tokens: Size | None = None
     """Tokens of a micro-batch, in place of n_rows, whatever the length of its rows; null for n_rows."""
-    row_len: PositiveInt = 512
+    row_len: Size = 512
     """Tokens of a row."""
     mask_documents: bool = False
     """Whether tokens see their own document alone."""

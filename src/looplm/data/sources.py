@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from looplm.config import Config, did_you_mean, parse
+from looplm.config import Config, NonNegativeInt, Number, PositiveFloat, Size, did_you_mean, parse
 from looplm.data.bytes import BytesConfig, BytesSource
 from looplm.data.pack import Batch, Document, pack
 from looplm.data.prepared import PreparedConfig, PreparedSource
@@ -33,13 +33,13 @@ class ReasoningConfig(Config):
     """The reasoning suite, packed."""
 
     kind: Literal["reasoning"] = "reasoning"
-    n_rows: PositiveInt = 24
+    n_rows: Size = 24
     """Rows of a micro-batch."""
-    row_len: int = Field(default=336, ge=336)
+    row_len: Size = Field(default=336, ge=336)
     """Tokens of a row; the longest worked solution has 323, so that none is left out."""
     weights: dict[str, PositiveFloat] = Field(default_factory=lambda: dict.fromkeys(REASONING, 1.0))
     """Share of each task among the documents, relative."""
-    small_share: float = Field(default=0.15, ge=0, le=1)
+    small_share: Number = Field(default=0.15, ge=0, le=1)
     """Share of the documents drawn from the low end of each task's range, which a uniform draw seldom visits."""
 
     @field_validator("weights")
@@ -57,15 +57,15 @@ class PermutationsConfig(Config):
     """Permutation tracking in S3 (spec loops, 3.3): every position is scored."""
 
     kind: Literal["permutations"] = "permutations"
-    batch_size: PositiveInt = 64
+    batch_size: Size = 64
     """Sequences of a micro-batch."""
-    min_len: PositiveInt = 2
+    min_len: Size = 2
     """Shortest sequence."""
-    max_len: PositiveInt = 12
+    max_len: Size = 12
     """Longest sequence."""
     n_ramp: NonNegativeInt = 1000
     """Batches over which the longest length drawn grows from min_len to max_len."""
-    gate: float | None = Field(default=None, gt=0, le=1)
+    gate: Number | None = Field(default=None, gt=0, le=1)
     """In place of n_ramp: the longest length grows by one whenever this share of the tokens of such sequences is right;
     null for the ramp."""
 
@@ -158,6 +158,15 @@ def row_length(config: DataConfig) -> int:
     if isinstance(config, PermutationsConfig):
         return config.max_len + 1
     return config.longest_row if isinstance(config, PreparedConfig) else config.row_len
+
+
+def batch_tokens(config: DataConfig) -> int:
+    """Tokens of the largest micro-batch that `config` gives."""
+    if isinstance(config, PermutationsConfig):
+        return config.batch_size * row_length(config)
+    if isinstance(config, PreparedConfig):
+        return max(phase.n_rows * phase.row_len for phase in config.in_full())
+    return config.n_rows * config.row_len
 
 
 def held_out_text(config: BytesConfig | PreparedConfig) -> TextSource:

@@ -28,6 +28,7 @@ from looplm.infer.depth import mean_depth, score_sequences
 from looplm.infer.exits import ExitRule, RuleKind
 from looplm.infer.reasoner import Reasoner
 from looplm.model.looped import LoopedLM
+from looplm.reading import read_json
 
 FILE = "exit.json"  # of a run folder
 CALIBRATION_SEED = 20261125  # other sequences than any that are scored
@@ -103,9 +104,9 @@ def load_exit(run: Path) -> EarlyExit:
     if not path.is_file():
         raise CheckpointError(f"{str(run)!r} has no calibrated exit rule; make one with `looplm calibrate {run}`")
     try:
-        stored = json.loads(path.read_text())
+        stored = read_json(path, error=CheckpointError)
         early, calibrated = EarlyExit(ExitRule.parse(str(stored["rule"])), stored["missing"]), str(stored["weights"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{str(path)!r} is not a calibration ({error}); make it again with `looplm calibrate`"
         ) from None

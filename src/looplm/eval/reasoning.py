@@ -1,6 +1,5 @@
 """Scoring on the reasoning suite, or on anyone's questions: greedy decoding, exact match."""
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +13,13 @@ from looplm.eval.interval import Score
 from looplm.infer.decoders import EarlyExit
 from looplm.infer.reasoner import MAX_NEW_TOKENS, Reasoner, Reply
 from looplm.model.loop.plan import LoopPlan
+from looplm.reading import parse_json, read_text
 
 EVAL_SEED = 20261121
 MAX_BATCH = 250
 CACHE_BYTES = 600_000_000  # of keys and values in one batch; deep plans and long prompts make smaller batches
 FORMAT_TASK = "cot_format"
+MOST_QUESTION_BYTES = 1 << 28  # some millions of questions
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,14 @@ def held_out_questions(n: int, *, harder: bool = False, seed: int = EVAL_SEED) -
 
 def read_questions(path: Path) -> list[Question]:
     """Questions from JSON lines of `{"task", "question", "answer"}`."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold the other line ends of str.splitlines
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"question file {str(path)!r} cannot be read ({error})") from None
+    text = read_text(path, what="question file", most=MOST_QUESTION_BYTES, error=DataError)
+    lines = text.split("\n")  # JSON may hold the other line ends of str.splitlines
     questions = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            questions.append(_question(json.loads(line)))
+            questions.append(_question(parse_json(line)))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f'{path}, line {number}: expected {{"task": ..., "question": ..., "answer": ...}}, all non-empty, '

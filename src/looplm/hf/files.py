@@ -23,6 +23,7 @@ from looplm.errors import CheckpointError, ConfigError
 from looplm.hf import openmythos, osrt
 from looplm.hf.convert import dump_foreign, load_foreign
 from looplm.model.looped import LoopedLM, ModelConfig
+from looplm.reading import read_json
 
 ORIGIN = "origin.json"
 MYTHOS_MODULE = "open_mythos.main"
@@ -82,7 +83,9 @@ def export_run(model: LoopedLM, run: Path, *, system: str, out: Path) -> Path:
     origin = run / ORIGIN
     if not origin.is_file():
         raise CheckpointError(f"{str(run)!r} was not imported from another system, so it cannot be written as one")
-    known = json.loads(origin.read_text(encoding="utf-8"))
+    known = read_json(origin, error=CheckpointError)
+    if not isinstance(known.get("system"), str) or not isinstance(known.get("config"), dict):
+        raise CheckpointError(f"{origin} does not say which system a run came from; import it again")
     if known["system"] != system:
         raise CheckpointError(f"{str(run)!r} came from {known['system']}; export it --to {known['system']}")
     state = dump_foreign(system, model)
@@ -152,7 +155,9 @@ def _config(system: str, file: Path, held: Mapping[str, Any], state: Mapping[str
         meta = file.with_name(file.name.replace("model_", "meta_")).with_suffix(".json")
         if not meta.is_file():
             raise CheckpointError(f"{meta} is missing: nanochat keeps the model's config there")
-        found: dict[str, Any] = json.loads(meta.read_text(encoding="utf-8"))["model_config"]
+        found = read_json(meta, error=CheckpointError).get("model_config")
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{meta} has no mapping `model_config`, where nanochat keeps the model's config")
         return found
     if system == "openmythos":
         config = held.get("cfg")

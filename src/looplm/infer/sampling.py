@@ -4,10 +4,10 @@ Every row has its own generator, so what a row draws does not depend on which ro
 """
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from looplm.config import Config
+from looplm.config import Config, NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, PositiveInt
 
 N_AHEAD = 64  # numbers that a row draws at once: the same as one by one, and one by one takes 5 us each
 
@@ -19,9 +19,9 @@ class SamplingConfig(Config):
     """Logits are divided by it; 0 is greedy."""
     top_k: PositiveInt | None = None
     """Keep the k likeliest tokens."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_p: Number = Field(default=1.0, gt=0, le=1)
     """Keep the fewest tokens whose probabilities reach this sum."""
-    min_p: float = Field(default=0.0, ge=0, le=1)
+    min_p: Number = Field(default=0.0, ge=0, le=1)
     """Keep tokens at least this likely, relative to the likeliest."""
     repetition_penalty: PositiveFloat = 1.0
     """Logits of tokens already in the context are divided by it if positive, multiplied if negative (CTRL, 2019)."""

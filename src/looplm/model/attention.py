@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from looplm.config import Config
+from looplm.config import Config, Scale, Size
 from looplm.model.cache import Slot
 from looplm.model.layer_inputs import LayerInputs, Mask, Place
 from looplm.model.linear import LinearConfig, join_weights, make_linear, together
 from looplm.model.norm import RMSNorm
-from looplm.model.rope import RopeConfig, apply_rope
+from looplm.model.rope import RopeConfig, apply_rope, check_turning
 
 BLOCK = 128  # queries
 
@@ -24,9 +24,9 @@ BLOCK = 128  # queries
 class ValueEmbedConfig(Config):
     """A table of values by token id, mixed into the values of every second layer, the last one always (nanochat)."""
 
-    n_channels: PositiveInt = 12
+    n_channels: Size = 12
     """Channels of the layer's input that the gate reads."""
-    scale: PositiveFloat = 3.0
+    scale: Scale = 3.0
     """Largest share of a table row that is added."""
 
 
@@ -34,19 +34,19 @@ class GQAConfig(Config):
     """Grouped-query attention; n_kv_heads = n_heads is plain multi-head attention."""
 
     kind: Literal["gqa"] = "gqa"
-    n_heads: PositiveInt
+    n_heads: Size
     """Query heads."""
-    n_kv_heads: PositiveInt
+    n_kv_heads: Size
     """Key/value heads; divides n_heads."""
-    head_dim: PositiveInt
+    head_dim: Size
     """Width of one head, even (RoPE turns pairs of channels)."""
     fused_qkv: bool = False
     """Store the three projections as one matrix."""
     qk_norm: Literal["none", "before_rope", "after_rope"] = "none"
     """RMS-normalise queries and keys per head."""
-    qk_gain: PositiveFloat = 1.0
+    qk_gain: Scale = 1.0
     """Queries and keys are multiplied by this after the norm."""
-    window: PositiveInt | None = None
+    window: Size | None = None
     """Tokens a windowed layer sees, itself included; null for all of them."""
     window_pattern: str = Field(default="S", pattern="^[SL]+$")
     """S for a windowed layer, L for one that sees all; repeated over the layers, the last one L if any is."""
@@ -61,6 +61,7 @@ class GQAConfig(Config):
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; RoPE needs an even width")
+        check_turning(self.rope, self.head_dim, name="head_dim")
         if "L" in self.window_pattern and self.window is None:
             raise ValueError(f"window_pattern {self.window_pattern!r} needs a window")
         return self

@@ -5,10 +5,10 @@ from dataclasses import replace
 from typing import Annotated, TypedDict
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from looplm.config import Config
+from looplm.config import Config, Loops, Scale, Size
 from looplm.model.attention import GQA, GQAConfig
 from looplm.model.cache import Slot
 from looplm.model.ffn import FFNConfig, Parallel, ParallelConfig, make_ffn
@@ -24,11 +24,11 @@ AttentionConfig = Annotated[GQAConfig | MLAConfig, Field(discriminator="kind")]
 class AdapterConfig(Config):
     """x + scale * (x a) b before the layer, with a pair (a, b) of its own for every loop (Nano-OSRT)."""
 
-    rank: PositiveInt
+    rank: Size
     """Inner width."""
-    scale: PositiveFloat = 1.0
+    scale: Scale = 1.0
     """Factor of the product."""
-    n_loops: PositiveInt
+    n_loops: Loops
     """Loops with a pair of their own; later ones use the last."""
 
 
@@ -41,7 +41,7 @@ class BlockConfig(Config):
     """Channel mixing."""
     linear: LinearConfig = FullConfig()
     """How the projections of attention and ffn are stored."""
-    norm_eps: PositiveFloat = 1e-6
+    norm_eps: Scale = 1e-6
     """Added under the root of every RMSNorm."""
     norm_weight: bool = True
     """Learn a weight per channel in every RMSNorm."""

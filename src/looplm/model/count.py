@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from looplm.errors import ConfigError
 from looplm.model.block import ResidualAdapter
 from looplm.model.looped import LoopedLM, ModelConfig
 from looplm.model.meta import without_memory
@@ -37,8 +38,11 @@ class Count:
 
 def count(config: ModelConfig, *, n_loops: int | None = None) -> Count:
     """Count a model without building it in memory."""
-    with without_memory():
-        model = LoopedLM(config)
+    try:
+        with without_memory():
+            model = LoopedLM(config)
+    except RuntimeError as error:  # a product of sizes that fits no 64-bit number
+        raise ConfigError(f"a matrix of the model is too large to be counted ({error}); lower its sizes") from None
     loops = config.n_loops if n_loops is None else n_loops
     total = _size(model)
     idle, idle_core = _idle(model), _idle(model.core)

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
-from looplm.config import Config
+from looplm.config import MOST_SCALE, Config, Number, Size
 from looplm.model.layer_inputs import LayerInputs
 from looplm.model.linear import LinearConfig, join_weights, make_linear
 from looplm.model.moe import MoE, MoEConfig
@@ -22,7 +22,7 @@ class SwiGLUConfig(Config):
     """down(silu(gate(x)) * up(x)): three matrices."""
 
     kind: Literal["swiglu"] = "swiglu"
-    d_ff: PositiveInt
+    d_ff: Size
     """Inner width."""
 
 
@@ -30,7 +30,7 @@ class ReLU2Config(Config):
     """down(relu(up(x))^2): two matrices."""
 
     kind: Literal["relu2"] = "relu2"
-    d_ff: PositiveInt
+    d_ff: Size
     """Inner width."""
 
 
@@ -38,11 +38,11 @@ class ParallelConfig(Config):
     """dense_gate * swiglu(norm(x)) + moe_gate * moe(norm(x)), each branch with a norm and a scalar of its own."""
 
     kind: Literal["parallel"] = "parallel"
-    d_ff: PositiveInt
+    d_ff: Size
     """Inner width of the dense branch."""
     moe: MoEConfig
     """The other branch."""
-    gate_init: float = 0.5
+    gate_init: Number = Field(default=0.5, ge=-MOST_SCALE, le=MOST_SCALE)
     """Initial value of both scalars."""
 
 

@@ -3,10 +3,10 @@
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
-from looplm.config import Config
+from looplm.config import Config, Scale, Size
 
 
 class FullConfig(Config):
@@ -19,7 +19,7 @@ class LowRankConfig(Config):
     """A product of d_in x rank and rank x d_out, as NRM uses for every projection."""
 
     kind: Literal["low_rank"] = "low_rank"
-    rank: PositiveInt
+    rank: Size
     """Inner width of the product."""
 
 
@@ -27,9 +27,9 @@ class HRAConfig(Config):
     """A full matrix and a low-rank product added to it, as Nano-OSRT fine-tunes with."""
 
     kind: Literal["hra"] = "hra"
-    rank: PositiveInt
+    rank: Size
     """Inner width of the product."""
-    scale: PositiveFloat = 1.0
+    scale: Scale = 1.0
     """Factor of the product."""
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from looplm.config import Config
+from looplm.config import Config, Layers, Loops, Scale, Size
 from looplm.errors import ConfigError, DataError
+from looplm.model.attention import GQAConfig
 from looplm.model.block import AdapterConfig, Block, BlockConfig, run_layers
 from looplm.model.cache import KVCache, Slot, join, left_behind
 from looplm.model.compiler import LaysOut, has_compiler
@@ -32,7 +33,7 @@ from looplm.model.moe import MoEConfig, total_loads
 from looplm.model.norm import RMSNorm
 from looplm.model.one_token import CompiledParts
 from looplm.model.partial import begin, go_on
-from looplm.model.smear import SmearConfig, make_smear
+from looplm.model.smear import GateSmearConfig, SmearConfig, make_smear
 
 BACKOUT_INIT = 0.2  # nanochat's
 MAX_UNROLLED = 32  # layer applications that are compiled as one; a minute of compiling at most
@@ -41,23 +42,23 @@ MAX_UNROLLED = 32  # layer applications that are compiled as one; a minute of co
 class ModelConfig(Config):
     """A looped language model. n_loops = 1 with no injection is a plain transformer."""
 
-    vocab_size: PositiveInt
+    vocab_size: Size
     """Token ids that can be embedded and are given logits."""
-    used_vocab: PositiveInt | None = None
+    used_vocab: Size | None = None
     """Ids that are ever a target or sampled, the first of vocab_size; null for all of them."""
-    vocab_multiple: PositiveInt = 1
+    vocab_multiple: Size = 1
     """The embedding's rows are rounded up to a multiple of this; the rows beyond vocab_size get no logits."""
-    d_model: PositiveInt
+    d_model: Size
     """Width of the state."""
-    seq_len: PositiveInt
+    seq_len: Size
     """Longest context in tokens: prompt and answer together."""
-    n_prelude: NonNegativeInt = 0
+    n_prelude: Layers = 0
     """Layers before the loop."""
-    n_core: PositiveInt
+    n_core: Layers = Field(gt=0)
     """Layers inside the loop."""
-    n_coda: NonNegativeInt = 0
+    n_coda: Layers = 0
     """Layers after the loop."""
-    n_loops: PositiveInt
+    n_loops: Loops
     """Loops run when the caller does not say."""
     block: BlockConfig
     """The parts of every layer."""
@@ -79,15 +80,15 @@ class ModelConfig(Config):
     """RMS-normalise the embeddings, without weight."""
     backout: bool = False
     """Take a learned share of the stream after the middle layer out of the last one (nanochat)."""
-    softcap: PositiveFloat | None = None
+    softcap: Scale | None = None
     """Logits become softcap * tanh(logits / softcap); null for as they are."""
     tied_head: bool = True
     """Use the embedding as the output head."""
-    n_outputs: PositiveInt | None = None
+    n_outputs: Size | None = None
     """Rows of an untied head, where the answers are not the input tokens; null for vocab_size."""
     init: Literal["normal", "scaled"] = "scaled"
     """normal: N(0, init_std) everywhere; scaled: N(0, 1/sqrt(d_in)), output projections zero."""
-    init_std: PositiveFloat = 0.02
+    init_std: Scale = 0.02
     """Standard deviation of the embedding, and of everything for `normal`."""
 
     @model_validator(mode="after")
@@ -98,6 +99,14 @@ class ModelConfig(Config):
             raise ValueError("experts are stored as full matrices: low_rank linears and a moe do not go together")
         if self.used_vocab is not None and self.used_vocab > self.vocab_size:
             raise ValueError(f"used_vocab {self.used_vocab} is more than vocab_size {self.vocab_size}")
+        attention = self.block.attention
+        gates = {
+            "smear": self.smear if isinstance(self.smear, GateSmearConfig) else None,
+            "block.attention.value_embed": attention.value_embed if isinstance(attention, GQAConfig) else None,
+        }
+        for name, gate in gates.items():
+            if gate is not None and gate.n_channels > self.d_model:
+                raise ValueError(f"{name}.n_channels {gate.n_channels} is more than d_model {self.d_model}: lower it")
         return self
 
     @property

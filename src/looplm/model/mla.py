@@ -10,33 +10,33 @@ Shapes: B batch, T tokens, S keys, H heads, N unturned width, P turned width, V 
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from looplm.config import Config
+from looplm.config import Config, Size
 from looplm.model.attention import attend
 from looplm.model.cache import Slot
 from looplm.model.layer_inputs import LayerInputs, Mask, Place
 from looplm.model.linear import LinearConfig, join_weights, make_linear, together
 from looplm.model.norm import RMSNorm
-from looplm.model.rope import RopeConfig, apply_rope
+from looplm.model.rope import RopeConfig, apply_rope, check_turning
 
 
 class MLAConfig(Config):
     """Latent attention: every head has unturned channels from the latents and turned ones, the keys' ones shared."""
 
     kind: Literal["mla"] = "mla"
-    n_heads: PositiveInt
+    n_heads: Size
     """Heads."""
-    q_rank: PositiveInt
+    q_rank: Size
     """Width of the queries' latent."""
-    kv_rank: PositiveInt
+    kv_rank: Size
     """Width of the latent of keys and values: what the cache keeps."""
-    nope_dim: PositiveInt
+    nope_dim: Size
     """Unturned channels of a head."""
-    rope_dim: PositiveInt
+    rope_dim: Size
     """Turned channels of a head, even."""
-    v_dim: PositiveInt
+    v_dim: Size
     """Value channels of a head."""
     rope: RopeConfig = RopeConfig()
     """Positions."""
@@ -45,6 +45,7 @@ class MLAConfig(Config):
     def _even(self) -> "MLAConfig":
         if self.rope_dim % 2:
             raise ValueError(f"rope_dim {self.rope_dim} is odd; RoPE needs an even width")
+        check_turning(self.rope, self.rope_dim, name="rope_dim")
         return self
 
     @property

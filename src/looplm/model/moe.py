@@ -12,10 +12,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from looplm.config import Config
+from looplm.config import MOST_LAYERS, Config, Loops, NonNegativeFloat, NonNegativeInt, PositiveFloat, Size
 from looplm.model.grouped import combine, dispatch, grouped
 from looplm.model.layer_inputs import LayerInputs
 from looplm.model.linear import HRAConfig, LinearConfig, LowRankConfig
@@ -29,25 +29,25 @@ class MoEConfig(Config):
     """Experts behind a linear router."""
 
     kind: Literal["moe"] = "moe"
-    n_experts: PositiveInt
+    n_experts: Size
     """Experts to choose from."""
-    d_ff: PositiveInt
+    d_ff: Size
     """Inner width of one."""
-    top_k: PositiveInt
+    top_k: Size
     """Experts per token."""
-    n_shared: NonNegativeInt = 0
+    n_shared: NonNegativeInt = Field(default=0, le=MOST_LAYERS)
     """Experts that every token goes through, ungated."""
-    shared_d_ff: PositiveInt | None = None
+    shared_d_ff: Size | None = None
     """Inner width of a shared one; null for d_ff."""
     gate: Literal["softmax", "sigmoid"] = "softmax"
     """What turns router logits into gates."""
     renormalise: bool = True
     """Divide the chosen gates by their sum."""
-    n_loop_embeds: PositiveInt | None = None
+    n_loop_embeds: Loops | None = None
     """Loops with a learned embedding that the router reads beside the token, later ones the last; null for none."""
     has_bias: bool = False
     """Keep a bias per expert that moves the choice, not the gate: a buffer, which gets no gradient."""
-    bias_rate: NonNegativeFloat = 0.0
+    bias_rate: NonNegativeFloat = Field(default=0.0, le=1)
     """Step of the bias after every update: up for experts with less than the mean load, down for the others
     (DeepSeek-V3, 2024); 0 never moves it."""
     capacity_factor: PositiveFloat | None = None

@@ -7,24 +7,39 @@ needs no buffer to be long enough.
 from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 from torch import Tensor
 
-from looplm.config import Config
+from looplm.config import MOST_SCALE, Config, Number
 
 # half: channel i turns with channel i + K/2 (GPT-NeoX); interleaved: channel 2i with 2i + 1 (the paper, OpenMythos)
 Pairing = Literal["half", "interleaved"]
+
+MOST_FACTOR = 1e6
 
 
 class RopeConfig(Config):
     """Rotary position embedding."""
 
-    base: PositiveFloat = 10000.0
+    base: Number = Field(default=10000.0, ge=1, le=MOST_SCALE)
     """Base wavelength in tokens."""
     pairing: Pairing = "half"
     """Which channels turn together."""
-    ntk_factor: float = Field(default=1.0, ge=1)
+    ntk_factor: Number = Field(default=1.0, ge=1, le=MOST_FACTOR)
     """Context length over the trained one, for NTK-aware scaling."""
+
+
+def check_turning(config: RopeConfig, width: int, *, name: str) -> None:
+    """Refuse to scale the angles of one pair alone: NTK-aware scaling keeps the fastest and slows the slowest.
+
+    Raises:
+        ValueError: there is one pair, and a factor.
+    """
+    if config.ntk_factor != 1 and width < 4:
+        raise ValueError(
+            f"{name} {width} is one pair of channels, which ntk_factor {config.ntk_factor:g} cannot both keep and "
+            f"slow: set rope.ntk_factor to 1 or {name} to 4 or more"
+        )
 
 
 def rope_tables(positions: Tensor, *, head_dim: int, config: RopeConfig) -> tuple[Tensor, Tensor]:

@@ -7,17 +7,17 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
-from looplm.config import Config
+from looplm.config import Config, Size
 
 
 class ChannelSmearConfig(Config):
     """A learned weight per channel and distance, zero at first."""
 
     kind: Literal["channel"] = "channel"
-    n_back: PositiveInt
+    n_back: Size
     """Tokens back that are taken in."""
 
 
@@ -25,7 +25,7 @@ class GateSmearConfig(Config):
     """scale * sigmoid(gate(x)) times the token before, one gate for all channels (nanochat)."""
 
     kind: Literal["gate"] = "gate"
-    n_channels: PositiveInt = 24
+    n_channels: Size = 24
     """Channels of the embedding that the gate reads."""
 
     @property

@@ -4,11 +4,11 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from looplm.config import Config
+from looplm.config import Config, NonNegativeFloat, Number, PositiveFloat, PositiveInt
 from looplm.dist import is_shared_out
 from looplm.errors import ConfigError
 from looplm.optim.lion import Lion
@@ -33,19 +33,19 @@ class OptimizerConfig(Config):
     """Optimizer of embedding, head, norms and injection."""
     muon_lr: PositiveFloat = 0.02
     """Peak rate of Muon: the size of an orthogonal update, scaled by sqrt(max(1, rows / columns))."""
-    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    muon_momentum: Number = Field(default=0.95, ge=0, lt=1)
     """Nesterov momentum of Muon."""
-    muon_beta2: float = Field(default=0.9, ge=0, lt=1)
+    muon_beta2: Number = Field(default=0.9, ge=0, lt=1)
     """NorMuon's decay of the squares."""
     adamw_lr: PositiveFloat = 2e-3
     """Peak rate of AdamW."""
     lion_lr: PositiveFloat = 1e-4
     """Peak rate of Lion."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta1: Number = Field(default=0.9, ge=0, lt=1)
     """AdamW's and Lion's first decay."""
-    beta2: float = Field(default=0.95, ge=0, lt=1)
+    beta2: Number = Field(default=0.95, ge=0, lt=1)
     """AdamW's second decay."""
-    lion_beta2: float = Field(default=0.99, ge=0, lt=1)
+    lion_beta2: Number = Field(default=0.99, ge=0, lt=1)
     """Lion's second decay."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled decay of matrices and embedding; never of norms, smear or the injection's own parameters."""

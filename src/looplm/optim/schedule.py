@@ -5,20 +5,20 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from looplm.config import Config
+from looplm.config import Config, Number
 
 
 class ScheduleConfig(Config):
     """Linear warm-up, constant, decay: all in shares of the budget, whatever its unit. With `decay` as all that the
     warm-up leaves and shape cosine it is the usual cosine schedule."""
 
-    warmup: float = Field(default=0.02, ge=0, le=1)
+    warmup: Number = Field(default=0.02, ge=0, le=1)
     """Share of the budget over which the rate rises from 0."""
-    decay: float = Field(default=0.4, ge=0, le=1)
+    decay: Number = Field(default=0.4, ge=0, le=1)
     """Share of the budget over which the rate falls at the end."""
     shape: Literal["linear", "cosine"] = "linear"
     """How the rate falls."""
-    final: float = Field(default=0.0, ge=0, le=1)
+    final: Number = Field(default=0.0, ge=0, le=1)
     """Rate at the very end, as a share of the peak."""
 
     @model_validator(mode="after")

@@ -1,14 +1,18 @@
 """What a run has written of itself, read back."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 from looplm.errors import CheckpointError
+from looplm.reading import parse_json, read_text
 from looplm.telemetry.sinks import METRICS, Record
+
+MOST_BYTES = 1 << 30  # some millions of records
 
 
 def read_history(run: Path) -> list[Record]:
-    """All records of a run folder, oldest first. A line that is being written is left out.
+    """All records of a run folder, oldest first. What is no record, such as a line that is being
+    written, is left out.
 
     Raises:
         CheckpointError: the folder holds no metrics.
@@ -17,12 +21,19 @@ def read_history(run: Path) -> list[Record]:
     if not path.is_file():
         raise CheckpointError(f"{str(run)!r} holds no {METRICS}; give a folder that `looplm train` made")
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path, most=MOST_BYTES, error=CheckpointError).splitlines():
         try:
-            records.append(json.loads(line))
+            record = parse_json(line)
         except ValueError:
             continue
+        if _is_record(record):
+            records.append(record)
     return records
+
+
+def _is_record(found: Any) -> bool:
+    """Whether a line is a record: numbers by name, the step among them."""
+    return isinstance(found, dict) and "step" in found and all(isinstance(n, int | float) for n in found.values())
 
 
 def series(records: list[Record], name: str) -> tuple[list[float], list[float]]:

@@ -13,11 +13,11 @@ from looplm.checkpoint import (
     read_tensors,
     run_folder,
     save_tensors,
-    write_text,
 )
 from looplm.data.bpe import TOKENIZER
 from looplm.dist import local
 from looplm.errors import ConfigError
+from looplm.files import write_whole
 from looplm.model.looped import LoopedLM
 
 
@@ -59,5 +59,5 @@ def average_checkpoints(run: Path, out: Path, *, n: int) -> list[Path]:
     save_tensors({name: (tensor / n).to(dtypes[name]) for name, tensor in total.items()}, out / MODEL)
     for name in (CONFIG, TOKENIZER):
         if (folder / name).is_file():
-            write_text(out / name, (folder / name).read_text())
+            write_whole(out / name, (folder / name).read_bytes())
     return found[-n:]

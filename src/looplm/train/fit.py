@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from looplm import dist
 from looplm.checkpoint import checkpoints, load_average, load_checkpoint, own_tensors, read_state, save_checkpoint
-from looplm.config import Config
+from looplm.config import Config, NonNegativeInt, Number, PositiveFloat, PositiveInt, Seed
 from looplm.data.loader import Loader
 from looplm.data.pack import Batch
 from looplm.data.prepared import PreparedSource
@@ -55,13 +55,14 @@ LONG_RUN_MINUTES = 3.0  # compiling the blocks costs up to 40 s; below this it d
 LONG_RUN_STEPS = 400
 PROBE_BATCH = 10**6  # past any ramp: the probe times the batches most of the run will see
 GATE_EVERY = 20  # steps between questions whether a gated curriculum goes on
+MOST_WORKERS = 256  # processes that make batches
 PLAN_STREAM = 1  # keeps plans independent of what sources draw from (seed, batch number)
 
 
 class TrainConfig(Config):
     """How to train. At least one budget is set; the first one reached ends the run."""
 
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seeds weights, data and plans."""
     minutes: PositiveFloat | None = None
     """Budget of wall time, compilation included."""
@@ -77,7 +78,7 @@ class TrainConfig(Config):
     """Optimizers and peak rates."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Rate over the budget."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    label_smoothing: Number = Field(default=0.0, ge=0, lt=1)
     """Share of each target spread over all tokens."""
     loop_loss: LoopLossConfig | None = None
     """Learn from the states after the earlier loops too; null for the last one alone."""
@@ -87,11 +88,11 @@ class TrainConfig(Config):
     """Train a learned exit gate (model.exit.kind=gate); null where there is none."""
     accumulate: PositiveInt = 1
     """Micro-batches per step, those of all ranks together: the same run whatever their number."""
-    ema: float | None = Field(default=None, gt=0, lt=1)
+    ema: Number | None = Field(default=None, gt=0, lt=1)
     """Decay per step of an average of the weights, which is then what a checkpoint is read as; null for none."""
     grad_clip: PositiveFloat | None = 1.0
     """Largest global gradient norm; null for no clipping."""
-    n_workers: NonNegativeInt = 1
+    n_workers: NonNegativeInt = Field(default=1, le=MOST_WORKERS)
     """Processes that make batches; 0 makes them between steps."""
     log_every: PositiveInt = 10
     """Steps between records."""

@@ -5,11 +5,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeFloat
+from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from looplm.config import Config
+from looplm.config import Config, NonNegativeFloat, Number
 from looplm.data.pack import IGNORE, Batch
 from looplm.errors import DataError
 from looplm.model.layer_inputs import Asides, LayerInputs
@@ -24,7 +24,7 @@ class LoopLossConfig(Config):
     """A share of the loss for the states after the earlier loops, each read out as if it were the last: fewer loops
     than were trained then still answer. Costs coda and head once more per loop; logits are kept for none of them."""
 
-    share: float = Field(gt=0, lt=1)
+    share: Number = Field(gt=0, lt=1)
     """Of the whole loss, for all earlier loops together."""
     weights: Literal["uniform", "linear"] = "uniform"
     """How the share is split: alike, or in proportion to the loop's number."""
@@ -47,7 +47,7 @@ class ExitGateConfig(Config):
 
     entropy: NonNegativeFloat = 0.05
     """Weight of the entropy, which keeps the gate from collapsing onto one loop while the model learns."""
-    alone: float = Field(default=0.2, ge=0, lt=1)
+    alone: Number = Field(default=0.2, ge=0, lt=1)
     """Share of the budget, its end, in which the gate is trained alone."""
 
 

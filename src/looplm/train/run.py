@@ -10,12 +10,20 @@ from pydantic import model_validator
 
 from looplm import dist
 from looplm.checkpoint import CONFIG, run_folder, write_text
-from looplm.config import Config, apply_overrides, load_preset, load_yaml, parse, to_yaml
+from looplm.config import Config, load_preset, parse, to_yaml
 from looplm.data.bpe import TOKENIZER
 from looplm.data.bytes import VOCAB_SIZE as N_BYTES
 from looplm.data.bytes import BytesConfig
 from looplm.data.prepared import PreparedConfig, PreparedSource
-from looplm.data.sources import DataConfig, PermutationsConfig, Source, held_out_text, make_source, row_length
+from looplm.data.sources import (
+    DataConfig,
+    PermutationsConfig,
+    Source,
+    batch_tokens,
+    held_out_text,
+    make_source,
+    row_length,
+)
 from looplm.data.tasks import permutations
 from looplm.data.tokenizer import VOCAB_SIZE
 from looplm.errors import ConfigError, TrainingError
@@ -25,6 +33,8 @@ from looplm.infer.sampling import SamplingConfig
 from looplm.model.loop.exit import ACTConfig, GateConfig
 from looplm.model.loop.plan import CurriculumPlanConfig, LengthPlanConfig, PoissonPlanConfig
 from looplm.model.looped import LoopedLM, ModelConfig
+from looplm.model.memory import TRAINED_COPIES, check_batch_fits, check_model_fits
+from looplm.reading import read_yaml
 from looplm.telemetry.sinks import SAMPLES, Record, sample_line
 from looplm.train.fit import FitResult, Observer, TrainConfig, Validate, check_ranks, fit
 
@@ -116,7 +126,7 @@ def resolve_run(recipe: str, *, overrides: Iterable[str] = (), model: str | None
     data = load_preset("run", recipe)
     if model is not None:
         data["model"] = model
-    return parse(RunConfig, apply_overrides(_with_model(data), overrides), source=f"run {recipe!r}")
+    return parse(RunConfig, _with_model(data), source=f"run {recipe!r}", overrides=list(overrides))
 
 
 def start_run(config: RunConfig, out: Path, *, observers: tuple[Observer, ...] = ()) -> FitResult:
@@ -151,7 +161,7 @@ def resume_run(run: Path, *, overrides: Iterable[str] = (), observers: tuple[Obs
             raise ConfigError(
                 f"{key!r} cannot change on resume: the run would be another one. What can: {', '.join(CHANGEABLE)}."
             )
-    config = parse(RunConfig, apply_overrides(load_yaml(folder / CONFIG), overrides), source=str(folder / CONFIG))
+    config = parse(RunConfig, read_yaml(folder / CONFIG), source=str(folder / CONFIG), overrides=overrides)
     with dist.process_group(device=config.train.runtime.device):
         if overrides and dist.is_main():
             write_text(folder / CONFIG, to_yaml(config))
@@ -160,6 +170,7 @@ def resume_run(run: Path, *, overrides: Iterable[str] = (), observers: tuple[Obs
 
 def _source(config: RunConfig) -> Source:
     check_ranks(config.train)
+    _check_memory(config)
     source = make_source(config.data, seed=config.train.seed)
     if config.train.validate_every is not None and isinstance(config.data, BytesConfig | PreparedConfig):
         held_out_text(config.data)  # what there is none of is said now, not after some steps
@@ -169,6 +180,16 @@ def _source(config: RunConfig) -> Source:
             f"model.vocab_size={source.vocab_size}"
         )
     return source
+
+
+def _check_memory(config: RunConfig) -> None:
+    """Refuse sizes that the machine cannot have, before they are tried."""
+    train = config.train
+    device = "cuda" if train.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
+    share = dist.n_ranks() if train.shard else 1
+    check_model_fits(config.model, device=device, copies=TRAINED_COPIES, share=share)
+    n_tokens = batch_tokens(config.data)
+    check_batch_fits(config.data.model_dump(), n_tokens=n_tokens, d_model=config.model.d_model, device=device)
 
 
 def _train(config: RunConfig, source: Source, folder: Path, *, observers: tuple[Observer, ...]) -> FitResult:

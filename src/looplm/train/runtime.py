@@ -4,15 +4,17 @@ kept in the checkpoint, since another choice would change the numbers of a resum
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field
 
-from looplm.config import Config
+from looplm.config import Config, PositiveInt
 from looplm.errors import ConfigError
 from looplm.model.compiler import has_compiler
 from looplm.model.looped import LoopedLM
+
+MOST_THREADS = 1024  # every one takes memory of its own; a hundred thousand end the process
 
 
 class RuntimeConfig(Config):
@@ -24,7 +26,7 @@ class RuntimeConfig(Config):
     """Autocast type; auto takes the faster of a probe on a CPU, bf16 on a GPU."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the blocks; auto does for runs of minutes where a C++ compiler and Python's headers are found."""
-    n_threads: PositiveInt | Literal["auto"] = "auto"
+    n_threads: Annotated[PositiveInt, Field(le=MOST_THREADS)] | Literal["auto"] = "auto"
     """CPU threads; auto probes all cores against one."""
 
 

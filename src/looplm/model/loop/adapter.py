@@ -1,20 +1,19 @@
 """What tells the loops apart after the core: one low-rank correction with a learned scale per loop (OpenMythos)."""
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from looplm.config import Config
+from looplm.config import Config, Loops, Scale, Size
 
 
 class LoopLoRAConfig(Config):
     """x + ((x down) * scale[loop]) b after the core layers."""
 
-    rank: PositiveInt
+    rank: Size
     """Inner width."""
-    n_loops: PositiveInt
+    n_loops: Loops
     """Loops with a scale of their own; later ones use the last."""
-    max_scale: PositiveFloat | None = None
+    max_scale: Scale | None = None
     """Largest magnitude of a scale; null for no bound."""
 
 

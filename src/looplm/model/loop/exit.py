@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeFloat
+from pydantic import Field
 from torch import Tensor, nn
 
-from looplm.config import Config
+from looplm.config import Config, NonNegativeFloat, Number
 from looplm.errors import ConfigError
 from looplm.model.layer_inputs import Asides
 
@@ -28,7 +28,7 @@ class ACTConfig(Config):
     """Each loop halts a position with a learned probability; the output is the states' sum weighted by it."""
 
     kind: Literal["act"] = "act"
-    threshold: float = Field(default=0.99, gt=0, le=1)
+    threshold: Number = Field(default=0.99, gt=0, le=1)
     """Summed probability at which a position halts."""
     renormalise: bool = True
     """Give what is left to the last loop, so that the weights sum to 1 however few loops run (OpenMythos does not)."""

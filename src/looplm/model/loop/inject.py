@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 from torch import Tensor, nn
 
-from looplm.config import Config
+from looplm.config import MOST_SCALE, Config, Number, PositiveFloat, Scale
 from looplm.model.norm import RMSNorm
 
 # exp(-x) rounds to 1 in fp32 below 6e-8; this floor keeps the decay representably below 1 whatever is learned.
@@ -37,7 +37,7 @@ class GateInjectConfig(Config):
     """g * state + (1 - g) * e with one learned scalar, g = sigmoid(gate): NRM's think gate."""
 
     kind: Literal["gate"] = "gate"
-    init: float = 0.5
+    init: Number = Field(default=0.5, ge=-MOST_SCALE, le=MOST_SCALE)
     """Initial value of the scalar before the sigmoid."""
 
 
@@ -60,7 +60,7 @@ class LTIInjectConfig(Config):
     loop_embed: Literal["none", "raw", "scaled"] = "scaled"
     """Sine and cosine of the loop's number on the first eighth of the channels: raw, as OpenMythos adds it, of size 1;
     scaled to loop_embed_size times the size of what it is added to."""
-    loop_embed_size: PositiveFloat = 0.1
+    loop_embed_size: Scale = 0.1
     """Size of a scaled loop embedding, relative."""
     bounded_decay: bool = True
     """Keep the decay below 1 in fp32 too; OpenMythos's reaches 1 and 0."""

@@ -10,10 +10,21 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from looplm.config import Config
+from looplm.config import (
+    MOST_LOOPS,
+    Config,
+    Loops,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Number,
+    PositiveFloat,
+    PositiveInt,
+)
 from looplm.errors import ConfigError
+
+MOST_SIGMA = 4.0  # the rate is then beyond 1,000 times its median once in 25 draws
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,8 @@ class LoopPlan:
     def __post_init__(self) -> None:
         if self.n_loops < 1:
             raise ConfigError(f"n_loops is {self.n_loops}; a looped model runs its core at least once: give 1 or more")
+        if self.n_loops > MOST_LOOPS:
+            raise ConfigError(f"n_loops is {self.n_loops}; no more than {MOST_LOOPS:,} are run: give fewer")
         if self.n_grad is not None and self.n_grad < 1:
             raise ConfigError(f"n_grad is {self.n_grad}; give 1 or more, or None for gradient through every loop")
         if self.per_row is not None and (
@@ -59,7 +72,7 @@ class FixedPlanConfig(Config):
     """The same number of loops at every step."""
 
     kind: Literal["fixed"] = "fixed"
-    n_loops: PositiveInt
+    n_loops: Loops
     """Passes through the core."""
 
     def sample(self, rng: np.random.Generator, *, n_tokens: int, n_rows: int) -> LoopPlan:
@@ -71,9 +84,9 @@ class UniformPlanConfig(Config):
     """A number of loops drawn uniformly from low..high at every step."""
 
     kind: Literal["uniform"] = "uniform"
-    low: PositiveInt
+    low: Loops
     """Fewest loops."""
-    high: PositiveInt
+    high: Loops
     """Most loops."""
 
     @model_validator(mode="after")
@@ -91,7 +104,7 @@ class ChoicePlanConfig(Config):
     """A number of loops drawn at every step with the given weights: mostly the usual one, now and then a deeper one."""
 
     kind: Literal["choice"] = "choice"
-    weights: dict[PositiveInt, PositiveFloat]
+    weights: dict[Annotated[int, Field(ge=1, le=MOST_LOOPS)], PositiveFloat]
     """Relative weight of each number of loops."""
 
     @model_validator(mode="after")
@@ -110,14 +123,15 @@ class LengthPlanConfig(Config):
     """As many loops as the task has steps, plus 0..max_extra: the recipe of the loop staircase (spec loops, 3.3)."""
 
     kind: Literal["length"] = "length"
-    max_extra: NonNegativeInt = 2
+    max_extra: NonNegativeInt = Field(default=2, le=MOST_LOOPS)
     """Most loops beyond the length."""
     n_prefix: NonNegativeInt = 1
     """Tokens before the first task token (BOS), which need no loop of their own."""
 
     def sample(self, rng: np.random.Generator, *, n_tokens: int, n_rows: int) -> LoopPlan:
         """One plan for a batch of `n_rows` sequences of `n_tokens` tokens."""
-        return LoopPlan(max(1, n_tokens - self.n_prefix) + int(rng.integers(0, self.max_extra + 1)))
+        n_loops = max(1, n_tokens - self.n_prefix) + int(rng.integers(0, self.max_extra + 1))
+        return LoopPlan(min(n_loops, MOST_LOOPS))
 
 
 class LogNormalPoissonPlanConfig(Config):
@@ -125,9 +139,9 @@ class LogNormalPoissonPlanConfig(Config):
     `mean`, so that the mean number of loops is `mean` + 1 (Huginn, 2025). The last `n_grad` carry gradient."""
 
     kind: Literal["lognormal_poisson"] = "lognormal_poisson"
-    mean: PositiveFloat
+    mean: PositiveFloat = Field(le=MOST_LOOPS)
     """Mean of the Poisson rate, in loops."""
-    sigma: NonNegativeFloat = 0.5
+    sigma: NonNegativeFloat = Field(default=0.5, le=MOST_SIGMA)
     """Standard deviation of the rate's logarithm."""
     n_grad: PositiveInt | None = 8
     """Most loops that gradient flows through, the last ones; null for all."""
@@ -135,7 +149,7 @@ class LogNormalPoissonPlanConfig(Config):
     def sample(self, rng: np.random.Generator, *, n_tokens: int, n_rows: int) -> LoopPlan:
         """One plan for a batch of `n_rows` sequences of `n_tokens` tokens."""
         rate = rng.lognormal(math.log(self.mean) - self.sigma**2 / 2, self.sigma)
-        return LoopPlan(1 + int(rng.poisson(rate)), n_grad=self.n_grad)
+        return LoopPlan(1 + min(int(rng.poisson(min(rate, MOST_LOOPS))), MOST_LOOPS - 1), n_grad=self.n_grad)
 
 
 class PoissonPlanConfig(Config):
@@ -143,7 +157,7 @@ class PoissonPlanConfig(Config):
     theirs leave the batch, so that a step costs what its loops cost."""
 
     kind: Literal["poisson"] = "poisson"
-    mean: PositiveFloat
+    mean: PositiveFloat = Field(le=MOST_LOOPS)
     """Mean of the Poisson draw, in loops."""
     n_grad: PositiveInt | Literal["half"] | None = "half"
     """Most loops of a sequence that gradient flows through, its last ones: half of the mean, rounded up, as Parcae
@@ -152,7 +166,7 @@ class PoissonPlanConfig(Config):
     def sample(self, rng: np.random.Generator, *, n_tokens: int, n_rows: int) -> LoopPlan:
         """One plan for a batch of `n_rows` sequences of `n_tokens` tokens."""
         n_grad = math.ceil(self.mean / 2) if self.n_grad == "half" else self.n_grad
-        per_row = np.maximum(1, rng.poisson(self.mean, size=n_rows)).tolist()
+        per_row = np.clip(rng.poisson(self.mean, size=n_rows), 1, MOST_LOOPS).tolist()
         return LoopPlan.of_rows(per_row, n_grad=n_grad)
 
 
@@ -161,11 +175,11 @@ class CurriculumPlanConfig(Config):
     model is right often enough at the most so far (the accuracy gate of LT&G, spec loops, 2.7)."""
 
     kind: Literal["curriculum"] = "curriculum"
-    low: PositiveInt = 1
+    low: Loops = 1
     """Fewest loops, and the most at first."""
-    high: PositiveInt
+    high: Loops
     """The most in the end."""
-    accuracy: float = Field(default=0.95, gt=0, le=1)
+    accuracy: Number = Field(default=0.95, gt=0, le=1)
     """Share of the scored tokens to have right before the most grows."""
 
     @model_validator(mode="after")

@@ -29,7 +29,7 @@ def imports(path: Path) -> set[str]:
             names = [node.module] if node.module != "looplm" else [f"looplm.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        found |= {name.split(".")[1] for name in names if name.startswith("looplm.")}
+        found |= {name.split(".")[1] for name in names if name.startswith("looplm.") and name != "looplm.__version__"}
     return found
 
 

@@ -5,19 +5,22 @@
                                           average.safetensors, where weights are averaged: what is read for inference
 With train.shard each of these files is a folder, `model.shards/` and so on, of one safetensors file per rank, written
 and read by torch.distributed.checkpoint: by any number of ranks, or by none.
-A bare `RUN/model.safetensors` beside config.yaml (as in the built-in reasoner) is a run without training state.
-Nothing is ever unpickled.
+A bare `RUN/model.safetensors` beside config.yaml (as in the built-in reasoner) is a run without training state; its
+COMPLETE stands beside it, if looplm wrote it.
+COMPLETE holds checksums (`checksums.py`), and whatever reads weights or training state checks them first. Nothing is
+ever unpickled.
 """
 
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +34,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from looplm import dist
+from looplm.checksums import Damage, find_damage, write_checksums
 from looplm.config import load_yaml, parse
 from looplm.errors import CheckpointError, TrainingError
-from looplm.files import write_whole
+from looplm.files import natural_key, write_whole
 from looplm.model.looped import LoopedLM, ModelConfig
 from looplm.optim.muon import SECOND_MOMENTUM
 
@@ -71,7 +75,7 @@ def load_run(run: str | Path) -> LoadedRun:
     weights = weights_folder(folder)
     config = load_yaml(folder / CONFIG)
     model = LoopedLM.on("cpu", run_model_config(folder), draw=False)
-    with _naming_the_one_before(folder, weights):
+    with reading(folder, weights, damage_of(weights)):
         load_weights(model, weights / (AVERAGE if _is_there(weights / AVERAGE) else MODEL))
     return LoadedRun(model.eval(), config, weights)
 
@@ -109,7 +113,7 @@ def weights_folder(folder: Path) -> Path:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first. A folder without its marker was cut short and does not count."""
-    return sorted(path.parent for path in folder.glob(f"checkpoints/step-*/{MARKER}"))
+    return sorted((path.parent for path in folder.glob(f"checkpoints/step-*/{MARKER}")), key=natural_key)
 
 
 def latest_checkpoint(folder: Path) -> Path:
@@ -254,7 +258,7 @@ def save_checkpoint(
     final = folder / "checkpoints" / f"step-{step:08d}"
     if dist.from_main((final / MARKER).exists()):
         return final
-    temporary = final.with_name(final.name + ".partial")
+    temporary, unnamed = final.with_name(final.name + ".partial"), MARKER + ".new"
     files: dict[str, Mapping[str, Tensor]] = {
         MODEL: {name: tensor.detach() for name, tensor in own_tensors(model).items()},
         TRAINING: optimizer_tensors(optimizers) | {RNG: torch.get_rng_state()},
@@ -269,10 +273,12 @@ def save_checkpoint(
 
     def end() -> None:
         (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        names = [path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file()]
+        write_checksums(temporary / unnamed, names)
         for path in temporary.rglob("*"):
             _sync(path)
         temporary.rename(final)
-        (final / MARKER).touch()
+        (final / unnamed).rename(final / MARKER)
         _sync(final)
         _sync(final.parent)  # the rename itself, before anything older is deleted
         _remove_old(folder, keep=keep)
@@ -300,7 +306,7 @@ def save_checkpoint(
 def read_state(folder: Path) -> dict[str, Any]:
     """The state saved with the newest complete checkpoint: what a resume needs to know before it builds anything."""
     path = latest_checkpoint(folder)
-    with _naming_the_one_before(folder, path):
+    with reading(folder, path, damage_of(path, only=[STATE])):
         try:
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -313,15 +319,18 @@ def read_state(folder: Path) -> dict[str, Any]:
 def load_checkpoint(folder: Path, *, model: LoopedLM, optimizers: list[Optimizer]) -> None:
     """Restore the newest complete checkpoint into model and optimizers."""
     path = latest_checkpoint(folder)
-    with _naming_the_one_before(folder, path):
+    # one rank reads all of it for its checksums, not every rank
+    damage = dist.from_main(damage_of(path) if dist.is_main() else None)
+    with reading(folder, path, damage):
         load_weights(model, path / MODEL)
         _restore_training(optimizers, path / TRAINING)
 
 
 def load_average(folder: Path, *, into: Mapping[str, Tensor]) -> None:
-    """Restore the averaged weights of the newest complete checkpoint, by the names of `own_tensors`."""
+    """Restore the averaged weights of the newest complete checkpoint, by the names of `own_tensors`. What
+    `load_checkpoint` has checked is not checked again."""
     path = latest_checkpoint(folder)
-    with _naming_the_one_before(folder, path):
+    with reading(folder, path, None):
         _read_weights(into, path / AVERAGE)
 
 
@@ -383,14 +392,35 @@ def _remove_old(folder: Path, *, keep: int) -> None:
 
 
 @contextmanager
-def _naming_the_one_before(folder: Path, path: Path) -> Iterator[None]:
-    """Add to an error about a damaged checkpoint which earlier one can take its place."""
+def reading(folder: Path, path: Path, damage: Damage | None) -> Iterator[None]:
+    """Read from `path`, a checkpoint of the run `folder` or, for weights without training state, the folder itself.
+    `damage` is what is known to be wrong with it. An error names the earlier checkpoint that can take its place.
+
+    Raises:
+        CheckpointError: there is damage.
+    """
     try:
+        if damage is not None and not damage.is_readable:
+            raise CheckpointError(f"{damage}; restore or retrain it")
         yield
+        if damage is not None:
+            raise CheckpointError(f"{damage}; restore or retrain it")
     except CheckpointError as error:
-        others = [other for other in checkpoints(folder) if other != path]
-        hint = f" An earlier checkpoint is there: delete {path} to go back to {others[-1].name}." if others else ""
+        before = None if path == folder else _whole_before(folder, path)
+        hint = "" if before is None else f" An earlier checkpoint is there: delete {path} to go back to {before.name}."
         raise CheckpointError(f"{error}{hint}") from None
+
+
+def damage_of(path: Path, *, only: Iterable[str] | None = None) -> Damage | None:
+    """The first file of a checkpoint or model folder that is not as it was written; with `only`, of these. A folder
+    without checksums is taken as it is."""
+    return find_damage(path / MARKER, only=only) if (path / MARKER).is_file() else None
+
+
+def _whole_before(folder: Path, path: Path) -> Path | None:
+    """The newest checkpoint of a run before `path` that is not damaged too."""
+    earlier = list(takewhile(lambda other: other != path, checkpoints(folder)))
+    return next((other for other in reversed(earlier) if damage_of(other) is None), None)
 
 
 def _sync(path: Path) -> None:

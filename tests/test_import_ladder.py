@@ -6,7 +6,7 @@ from pathlib import Path
 SRC = Path(__file__).parents[1] / "src" / "looplm"
 LADDER = [
     {"errors"},
-    {"files"},
+    {"files", "reading"},
     {"config", "checksums"},
     {"dist"},
     {"telemetry"},

@@ -35,11 +35,12 @@ from torch.optim import Optimizer
 
 from looplm import dist
 from looplm.checksums import Damage, find_damage, write_checksums
-from looplm.config import load_yaml, parse
+from looplm.config import parse
 from looplm.errors import CheckpointError, TrainingError
 from looplm.files import natural_key, write_whole
 from looplm.model.looped import LoopedLM, ModelConfig
 from looplm.optim.muon import SECOND_MOMENTUM
+from looplm.reading import read_yaml
 
 MODEL, AVERAGE, TRAINING, STATE, MARKER, CONFIG = (
     "model.safetensors",
@@ -73,7 +74,7 @@ def load_run(run: str | Path) -> LoadedRun:
     """As `load`, with the run's config."""
     folder = run_folder(run)
     weights = weights_folder(folder)
-    config = load_yaml(folder / CONFIG)
+    config = read_yaml(folder / CONFIG)
     model = LoopedLM.on("cpu", run_model_config(folder), draw=False)
     with reading(folder, weights, damage_of(weights)):
         load_weights(model, weights / (AVERAGE if _is_there(weights / AVERAGE) else MODEL))
@@ -83,7 +84,7 @@ def load_run(run: str | Path) -> LoadedRun:
 def run_model_config(run: str | Path) -> ModelConfig:
     """The model's config of a run folder, or of `builtin:reasoner`."""
     path = run_folder(run) / CONFIG
-    section = load_yaml(path).get("model")
+    section = read_yaml(path).get("model")
     if not isinstance(section, dict):
         raise CheckpointError(f"{path} has no `model:` section; it is not the config of a run")
     return parse(ModelConfig, section, source=str(path))

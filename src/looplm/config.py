@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from looplm.errors import ConfigError
+from looplm.reading import dump_yaml, parse_yaml, read_yaml
 
 PRESETS = Path(__file__).parent / "presets"
 PresetKind = Literal["model", "run"]
@@ -53,7 +53,7 @@ def load_preset(kind: PresetKind, name_or_path: str) -> dict[str, Any]:
                 " A path ending in .yaml is read as a file."
             )
         path = PRESETS / kind / f"{name_or_path}.yaml"
-    data = load_yaml(path)
+    data = read_yaml(path)
     base = data.pop("base", None)
     if base is None:
         return data
@@ -64,21 +64,8 @@ def load_preset(kind: PresetKind, name_or_path: str) -> dict[str, Any]:
 
 def published_sizes(preset: str) -> dict[str, Any]:
     """What was published about the original of a model preset (presets/published.yaml), empty where nothing was."""
-    found: dict[str, Any] = load_yaml(PRESETS / "published.yaml").get(preset, {})
+    found: dict[str, Any] = read_yaml(PRESETS / "published.yaml").get(preset, {})
     return dict(found)
-
-
-def load_yaml(path: Path) -> dict[str, Any]:
-    """Read one YAML mapping."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"config file {str(path)!r} does not exist") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"config file {str(path)!r} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"config file {str(path)!r} must hold a mapping of keys to values, not {type(data).__name__}")
-    return data
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,9 +89,9 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
         if not separator or not key.strip():
             raise ConfigError(f"override {text!r} is not of the form key.key=value")
         try:
-            value = _as_number(yaml.safe_load(value_text))
-        except yaml.YAMLError:
-            raise ConfigError(f"override {text!r}: the value {value_text!r} is not valid YAML") from None
+            value = parse_yaml(value_text)
+        except ValueError as error:
+            raise ConfigError(f"override {text!r}: the value {value_text!r} is not valid YAML ({error})") from None
         nested: Any = value
         for part in reversed(key.strip().split(".")):
             nested = {part: nested}
@@ -114,23 +101,13 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML, with every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` where something close is known, else a full stop."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else "."
-
-
-def _as_number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-3` as a string; people who type it mean the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _explain(cls: type[BaseModel], error: ValidationError) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from looplm.checkpoint import CONFIG
-from looplm.config import load_yaml
 from looplm.errors import ConfigError, TrainingError
 from looplm.eval.interval import mean_and_half
+from looplm.reading import read_yaml
 from looplm.train import compare
 from looplm.train.compare import Arm, Comparison, arms, as_records, count_trained, is_finished, markdown, verdicts
 from looplm.train.run import RunConfig, resolve_run, start_run
@@ -93,7 +93,7 @@ def test_a_run_is_trained_by_the_command_and_its_failure_told(tmp_path: Path, te
     runs = [comparison._run("looped", rate=0.5, seed=seed, steps=3) for seed in (0, 1)]
     comparison._train(runs)
     assert all(map(is_finished, runs))
-    assert [load_yaml(run.folder / CONFIG)["train"]["seed"] for run in runs] == [0, 1]
+    assert [read_yaml(run.folder / CONFIG)["train"]["seed"] for run in runs] == [0, 1]
     Path(text.data.path).unlink()  # type: ignore[union-attr]
     with pytest.raises(TrainingError, match=r"did not end(.|\n)*cannot be read"):
         comparison._train([comparison._run("looped", rate=2.0, seed=2, steps=3)])

@@ -4,9 +4,10 @@ import math
 
 import pytest
 
-from looplm.config import PRESETS, load_yaml, preset_names
+from looplm.config import PRESETS, preset_names
 from looplm.errors import ConfigError
 from looplm.model.count import FlopsPerToken, count
+from looplm.reading import read_yaml
 from looplm.train.needs import GPUConfig, Needs, find_gpu, needs, plan_loops
 from looplm.train.run import RunConfig, resolve_run
 
@@ -24,7 +25,7 @@ def needed(*overrides: str, recipe: str = "pretrain", tokens: float | None = Non
 
 
 def test_every_gpu_of_the_table_is_whole() -> None:
-    names = list(load_yaml(PRESETS / "gpus.yaml"))
+    names = list(read_yaml(PRESETS / "gpus.yaml"))
     assert {"h100", "h200", "a100-80", "a100-40", "l4", "l40s", "rtx-4090", "b200"} == set(names)
     assert all(find_gpu(name).tflops > 100 for name in names)
     with pytest.raises(ConfigError, match=r"no GPU named 'h10'; did you mean 'h100'\? GPUs: h100, h200"):

@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Protocol
 
-from looplm.config import load_yaml
 from looplm.errors import ConfigError, TrainingError
 from looplm.files import write_whole
+from looplm.reading import read_yaml
 
 logger = logging.getLogger(__name__)
 Record = dict[str, float | int]
@@ -87,7 +87,7 @@ class WandbSink:
         kept = folder / "wandb_id.txt"  # drawn once for a run, wherever its folder goes
         if not kept.exists():
             write_whole(kept, uuid.uuid4().hex[:16].encode())
-        config = load_yaml(folder / "config.yaml")
+        config = read_yaml(folder / "config.yaml")
         try:
             self._run = wandb.init(
                 project=project,

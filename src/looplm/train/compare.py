@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from looplm.checkpoint import CONFIG, LoadedRun, checkpoints, load_run, read_state, write_text
-from looplm.config import apply_overrides, load_yaml, parse, to_yaml
+from looplm.config import apply_overrides, parse, to_yaml
 from looplm.data.bytes import BytesConfig
 from looplm.data.prepared import PreparedConfig
 from looplm.data.sources import PermutationsConfig, held_out_text, parse_data, row_length
@@ -37,6 +37,7 @@ from looplm.eval.loops import bits_per_byte, held_out_batches, held_out_loss, tr
 from looplm.eval.reasoning import as_reasoner, evaluate, held_out_questions
 from looplm.eval.staircase import evaluate_staircase
 from looplm.model.count import Count, count
+from looplm.reading import read_yaml
 from looplm.train.fit import Position
 from looplm.train.run import RunConfig
 
@@ -244,7 +245,7 @@ def check_is_same(run: Run) -> None:
     """Refuse a run folder that another recipe was trained in."""
     if not checkpoints(run.folder):
         return
-    old, new = (_flat(data) for data in (load_yaml(run.folder / CONFIG), run.config.model_dump(mode="json")))
+    old, new = (_flat(data) for data in (read_yaml(run.folder / CONFIG), run.config.model_dump(mode="json")))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             raise ConfigError(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import PositiveFloat
 
-from looplm.config import PRESETS, Config, did_you_mean, load_yaml, parse
+from looplm.config import PRESETS, Config, did_you_mean, parse
 from looplm.data.prepared import PreparedConfig
 from looplm.data.sources import DataConfig, PermutationsConfig, ReasoningConfig, row_length
 from looplm.errors import ConfigError
@@ -22,6 +22,7 @@ from looplm.model.loop.plan import (
     PlanConfig,
     UniformPlanConfig,
 )
+from looplm.reading import read_yaml
 from looplm.train.footprint import Footprint, Shape, measure
 from looplm.train.run import RunConfig
 
@@ -43,7 +44,7 @@ class GPUConfig(Config):
 
 def find_gpu(name: str) -> GPUConfig:
     """The GPU of that name in the table."""
-    table = load_yaml(PRESETS / "gpus.yaml")
+    table = read_yaml(PRESETS / "gpus.yaml")
     if name not in table:
         raise ConfigError(f"no GPU named {name!r}{did_you_mean(name, table)} GPUs: {', '.join(table)}.")
     return parse(GPUConfig, table[name], source=f"GPU {name!r}")

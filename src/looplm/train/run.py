@@ -10,7 +10,7 @@ from pydantic import model_validator
 
 from looplm import dist
 from looplm.checkpoint import CONFIG, run_folder, write_text
-from looplm.config import Config, apply_overrides, load_preset, load_yaml, parse, to_yaml
+from looplm.config import Config, apply_overrides, load_preset, parse, to_yaml
 from looplm.data.bpe import TOKENIZER
 from looplm.data.bytes import VOCAB_SIZE as N_BYTES
 from looplm.data.bytes import BytesConfig
@@ -25,6 +25,7 @@ from looplm.infer.sampling import SamplingConfig
 from looplm.model.loop.exit import ACTConfig, GateConfig
 from looplm.model.loop.plan import CurriculumPlanConfig, LengthPlanConfig, PoissonPlanConfig
 from looplm.model.looped import LoopedLM, ModelConfig
+from looplm.reading import read_yaml
 from looplm.telemetry.sinks import SAMPLES, Record, sample_line
 from looplm.train.fit import FitResult, Observer, TrainConfig, Validate, check_ranks, fit
 
@@ -151,7 +152,7 @@ def resume_run(run: Path, *, overrides: Iterable[str] = (), observers: tuple[Obs
             raise ConfigError(
                 f"{key!r} cannot change on resume: the run would be another one. What can: {', '.join(CHANGEABLE)}."
             )
-    config = parse(RunConfig, apply_overrides(load_yaml(folder / CONFIG), overrides), source=str(folder / CONFIG))
+    config = parse(RunConfig, apply_overrides(read_yaml(folder / CONFIG), overrides), source=str(folder / CONFIG))
     with dist.process_group(device=config.train.runtime.device):
         if overrides and dist.is_main():
             write_text(folder / CONFIG, to_yaml(config))

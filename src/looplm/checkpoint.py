@@ -36,8 +36,8 @@ from torch.optim import Optimizer
 from looplm import dist
 from looplm.checksums import Damage, find_damage, write_checksums
 from looplm.config import parse
-from looplm.errors import CheckpointError, TrainingError
-from looplm.files import natural_key, write_whole
+from looplm.errors import CheckpointError, FolderError, TrainingError
+from looplm.files import LOCK, lock_folder, natural_key, write_whole
 from looplm.model.looped import LoopedLM, ModelConfig
 from looplm.optim.muon import SECOND_MOMENTUM
 from looplm.reading import read_yaml
@@ -52,6 +52,7 @@ MODEL, AVERAGE, TRAINING, STATE, MARKER, CONFIG = (
 )
 BUILTIN = "builtin:"
 RNG = "torch_rng"
+STAGING = ".partial"  # inside a folder that is being made
 
 
 @dataclass
@@ -76,7 +77,7 @@ def load_run(run: str | Path) -> LoadedRun:
     weights = weights_folder(folder)
     config = read_yaml(folder / CONFIG)
     model = LoopedLM.on("cpu", run_model_config(folder), draw=False)
-    with reading(folder, weights, damage_of(weights)):
+    with reading_from(folder, weights, damage_of(weights)):
         load_weights(model, weights / (AVERAGE if _is_there(weights / AVERAGE) else MODEL))
     return LoadedRun(model.eval(), config, weights)
 
@@ -307,7 +308,7 @@ def save_checkpoint(
 def read_state(folder: Path) -> dict[str, Any]:
     """The state saved with the newest complete checkpoint: what a resume needs to know before it builds anything."""
     path = latest_checkpoint(folder)
-    with reading(folder, path, damage_of(path, only=[STATE])):
+    with reading_from(folder, path, damage_of(path, only=[STATE])):
         try:
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -322,7 +323,7 @@ def load_checkpoint(folder: Path, *, model: LoopedLM, optimizers: list[Optimizer
     path = latest_checkpoint(folder)
     # one rank reads all of it for its checksums, not every rank
     damage = dist.from_main(damage_of(path) if dist.is_main() else None)
-    with reading(folder, path, damage):
+    with reading_from(folder, path, damage):
         load_weights(model, path / MODEL)
         _restore_training(optimizers, path / TRAINING)
 
@@ -331,7 +332,7 @@ def load_average(folder: Path, *, into: Mapping[str, Tensor]) -> None:
     """Restore the averaged weights of the newest complete checkpoint, by the names of `own_tensors`. What
     `load_checkpoint` has checked is not checked again."""
     path = latest_checkpoint(folder)
-    with reading(folder, path, None):
+    with reading_from(folder, path, None):
         _read_weights(into, path / AVERAGE)
 
 
@@ -382,6 +383,43 @@ def write_text(path: Path, text: str) -> None:
         ) from None
 
 
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A model folder that is made whole or not at all. Write into the folder that is yielded: its files move to `out`
+    at the end, with their checksums, the config last. All is as before if anything fails.
+
+    Raises:
+        FolderError: `out` holds something, cannot be written into, or another process is writing into it.
+    """
+    with lock_folder(out):
+        staging = out / STAGING
+        shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed
+        held = sorted(path.name for path in out.iterdir() if path.name != LOCK)
+        if held:
+            raise FolderError(f"{str(out)!r} is not empty (it holds {held[0]!r}); give a new folder")
+        moved: list[Path] = []
+        try:
+            staging.mkdir()
+            yield staging
+            names = sorted((path.name for path in staging.iterdir()), key=lambda name: (name == CONFIG, name))
+            # the config is left out: it is a file that people edit
+            write_checksums(staging / MARKER, [name for name in names if name != CONFIG])
+            for path in staging.iterdir():
+                _sync(path)
+            for name in [MARKER, *names]:
+                moved.append((staging / name).rename(out / name))
+            _sync(out)
+        except BaseException as error:  # Ctrl-C too
+            for path in moved:
+                path.unlink()
+            if isinstance(error, OSError | SafetensorError):
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+                raise FolderError(f"{str(out)!r} could not be written ({reason}); nothing is left of it") from None
+            raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
 def _remove_old(folder: Path, *, keep: int) -> None:
     """Delete all but the newest `keep` complete checkpoints, and whatever was left half written."""
     complete = checkpoints(folder)
@@ -393,7 +431,7 @@ def _remove_old(folder: Path, *, keep: int) -> None:
 
 
 @contextmanager
-def reading(folder: Path, path: Path, damage: Damage | None) -> Iterator[None]:
+def reading_from(folder: Path, path: Path, damage: Damage | None) -> Iterator[None]:
     """Read from `path`, a checkpoint of the run `folder` or, for weights without training state, the folder itself.
     `damage` is what is known to be wrong with it. An error names the earlier checkpoint that can take its place.
 

@@ -40,7 +40,7 @@ from looplm.errors import CheckpointError, FolderError, TrainingError
 from looplm.files import LOCK, lock_folder, natural_key, write_whole
 from looplm.model.looped import LoopedLM, ModelConfig
 from looplm.optim.muon import SECOND_MOMENTUM
-from looplm.reading import read_yaml
+from looplm.reading import parse_json, read_yaml
 
 MODEL, AVERAGE, TRAINING, STATE, MARKER, CONFIG = (
     "model.safetensors",
@@ -233,9 +233,9 @@ def save_weights(model: LoopedLM, path: Path, *, dtype: torch.dtype | None = Non
     save_tensors({name: t.detach().to(dtype or t.dtype) for name, t in own_tensors(model).items()}, path)
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, with texts in its header."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
 def tied_names(model: LoopedLM) -> set[str]:
@@ -310,7 +310,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = latest_checkpoint(folder)
     with reading_from(folder, path, damage_of(path, only=[STATE])):
         try:
-            state = json.loads((path / STATE).read_text(encoding="utf-8"))
+            state = parse_json((path / STATE).read_bytes())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path / STATE} cannot be read ({error})") from None
         if not isinstance(state, dict):

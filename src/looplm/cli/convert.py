@@ -1,5 +1,6 @@
 """`looplm import` and `looplm export`: other systems' checkpoints."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,16 +19,13 @@ def import_(
     ] = None,
 ) -> None:
     """Make a run folder of another system's checkpoint; every other command takes it."""
-    import json
-
-    from looplm.errors import ConfigError
+    from looplm.hf.convert import table_of
     from looplm.hf.files import import_run
+    from looplm.reading import read_json
 
-    try:
-        fields = json.loads(config.read_text(encoding="utf-8")) if config is not None else {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--config {str(config)!r} cannot be read as JSON ({error})") from None
-    model = import_run(system, checkpoint, out=out, config=fields)
+    table_of(system)
+    fields = read_json(config, what="--config") if config is not None else {}
+    model = import_run(system, checkpoint, out=out, config=fields, say=partial(typer.echo, err=True))
     size = sum(parameter.numel() for parameter in model.parameters())
     typer.echo(f"{out}: {size:,} parameters of {system}, {model.config.n_loops} loops")
 
@@ -51,6 +49,8 @@ def export(
 ) -> None:
     """Write an imported run back in the original's format."""
     from looplm.checkpoint import load
+    from looplm.hf.convert import table_of
     from looplm.hf.files import export_run
 
+    table_of(to)
     typer.echo(f"wrote {export_run(load(run), run, system=to, out=out)}")

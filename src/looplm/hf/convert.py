@@ -14,8 +14,10 @@ from looplm.errors import CheckpointError, ConfigError
 from looplm.hf import nanochat, openmythos, osrt
 from looplm.hf.names import unwrapped
 from looplm.hf.original import OriginalConfig
-from looplm.hf.rules import dump_by_rules, load_by_rules, misfits
+from looplm.hf.rules import Rule, dump_by_rules, load_by_rules, misfits
+from looplm.model.ffn import ParallelConfig
 from looplm.model.looped import LoopedLM, ModelConfig
+from looplm.model.moe import MoEConfig
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +50,8 @@ def load_foreign(
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise ConfigError(f"the {system} config is not possible: {reason}") from None
-    rules, state = table.rules(ours), table.clean(state, ours)
-    with torch.device("meta"):
-        problems = misfits(LoopedLM(ours), rules, state)
+    state = table.clean(state, ours)
+    rules, problems = _matched(table, ours, state)
     suspects = [name for name in original.taken if name not in original.shapeless]
     if problems and suspects:
         raise ConfigError(
@@ -68,6 +69,27 @@ def load_foreign(
     model = LoopedLM.on("cpu", ours, draw=False)
     load_by_rules(model, rules, state)
     return model.eval()
+
+
+def _matched(table: ModuleType, ours: ModelConfig, state: Mapping[str, Tensor]) -> tuple[list[Rule], str]:
+    """The rules of a model, and in one line what does not fit the weights."""
+    # every layer, expert and loop with an adapter has tensors of its own: more of them need not be built
+    ffn = ours.core_ffn or ours.block.ffn
+    moe = ffn.moe if isinstance(ffn, ParallelConfig) else ffn
+    n_experts = moe.n_experts if isinstance(moe, MoEConfig) else 0
+    n_parts = ours.n_layers + n_experts + (ours.n_core * ours.n_loops if ours.adapter is not None else 0)
+    if n_parts > len(state):
+        return (
+            [],
+            f"the config has {n_parts:,} layers, experts and adapters, and the weights are {len(state):,} tensors",
+        )
+    rules: list[Rule] = table.rules(ours)
+    try:
+        with torch.device("meta"):
+            model = LoopedLM(ours)
+    except RuntimeError:  # not even its sizes can be written down
+        return rules, "it has sizes beyond what a tensor can have"
+    return rules, misfits(model, rules, state)
 
 
 def dump_foreign(system: str, model: LoopedLM, *, dtypes: Mapping[str, torch.dtype] | None = None) -> dict[str, Tensor]:

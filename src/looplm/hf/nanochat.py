@@ -4,11 +4,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from looplm.config import parse
-from looplm.hf.original import OriginalConfig
+from looplm.hf.original import Count, OriginalConfig, Size
 from looplm.hf.rules import Rule, halves_swapped, same, split
 from looplm.model.attention import GQAConfig, ValueEmbedConfig
 from looplm.model.block import BlockConfig
@@ -24,17 +24,17 @@ class NanochatConfig(OriginalConfig):
     """nanochat's GPTConfig, its defaults and names."""
 
     shapeless = frozenset({"sequence_len", "window_pattern"})
-    sequence_len: PositiveInt = 2048
+    sequence_len: Size = 2048
     """Tokens of a training row; positions and windows follow from it."""
-    vocab_size: PositiveInt = 32768
+    vocab_size: Size = 32768
     """Tokens, without padding."""
-    n_layer: PositiveInt = 12
+    n_layer: Count = 12
     """Layers."""
-    n_head: PositiveInt = 6
+    n_head: Count = 6
     """Query heads."""
-    n_kv_head: PositiveInt = 6
+    n_kv_head: Count = 6
     """Key and value heads."""
-    n_embd: PositiveInt = 768
+    n_embd: Size = 768
     """Width of the stream."""
     window_pattern: str = Field(default="L", pattern="^[SLsl]+$")
     """A letter a layer, repeated: S for a quarter of the context, L for all. What has none is older than windows."""

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveFloat, model_validator
 from torch import Tensor
 
 from looplm.config import parse
 from looplm.errors import CheckpointError
-from looplm.hf.original import OriginalConfig
+from looplm.hf.original import Count, CountOrNone, OriginalConfig, Size
 from looplm.hf.rules import Rule, same, stacked
 from looplm.model.attention import GQAConfig
 from looplm.model.block import BlockConfig
@@ -31,47 +31,47 @@ class MythosConfig(OriginalConfig):
     """OpenMythos's MythosConfig, its defaults and names."""
 
     shapeless = frozenset({"max_seq_len", "act_threshold", "rope_theta"})
-    vocab_size: PositiveInt = 32000
+    vocab_size: Size = 32000
     """Tokens."""
-    dim: PositiveInt = 2048
+    dim: Size = 2048
     """Width of the stream."""
-    n_heads: PositiveInt = 16
+    n_heads: Count = 16
     """Query heads."""
-    n_kv_heads: PositiveInt = 4
+    n_kv_heads: Count = 4
     """Key and value heads of grouped attention."""
-    max_seq_len: PositiveInt = 4096
+    max_seq_len: Size = 4096
     """Positions with a rotation."""
-    max_loop_iters: PositiveInt = 16
+    max_loop_iters: Count = 16
     """Loops, and scales of the LoRA."""
-    prelude_layers: NonNegativeInt = 2
+    prelude_layers: CountOrNone = 2
     """Layers before the loop."""
-    coda_layers: NonNegativeInt = 2
+    coda_layers: CountOrNone = 2
     """Layers after it."""
     attn_type: Literal["gqa", "mla"] = "mla"
     """Grouped or latent attention."""
-    kv_lora_rank: PositiveInt = 512
+    kv_lora_rank: Size = 512
     """Latent width of keys and values."""
-    q_lora_rank: PositiveInt = 1536
+    q_lora_rank: Size = 1536
     """Latent width of queries."""
-    qk_rope_head_dim: PositiveInt = 64
+    qk_rope_head_dim: Size = 64
     """Turned channels of a latent head; a table of their rotations is there with grouped attention too."""
-    qk_nope_head_dim: PositiveInt = 128
+    qk_nope_head_dim: Size = 128
     """Unturned channels of a latent head."""
-    v_head_dim: PositiveInt = 128
+    v_head_dim: Size = 128
     """Value channels of a latent head."""
-    n_experts: PositiveInt = 64
+    n_experts: Count = 64
     """Experts to choose from."""
-    n_shared_experts: NonNegativeInt = 2
+    n_shared_experts: CountOrNone = 2
     """Experts that every token goes through."""
-    n_experts_per_tok: PositiveInt = 4
+    n_experts_per_tok: Count = 4
     """Experts a token chooses."""
-    expert_dim: PositiveInt = 512
+    expert_dim: Size = 512
     """Inner width of one."""
     act_threshold: float = 0.99
     """Summed probability at which a position halts."""
     rope_theta: PositiveFloat = 500000.0
     """Base wavelength."""
-    lora_rank: PositiveInt = 16
+    lora_rank: Size = 16
     """Rank of the loops' LoRA."""
 
     @property

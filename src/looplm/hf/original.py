@@ -1,11 +1,15 @@
 """What the configs of all systems have in common: a field left out takes the default of the original's own code."""
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from looplm.config import Config
+
+Size = Annotated[int, Field(ge=1, le=2**31)]  # a width, a vocabulary, a context
+Count = Annotated[int, Field(ge=1, le=10_000)]  # layers, loops, experts
+CountOrNone = Annotated[int, Field(ge=0, le=10_000)]
 
 
 class OriginalConfig(Config):

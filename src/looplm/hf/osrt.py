@@ -4,12 +4,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor
 
 from looplm.config import parse
 from looplm.errors import CheckpointError
-from looplm.hf.original import OriginalConfig
+from looplm.hf.original import Count, CountOrNone, OriginalConfig, Size
 from looplm.hf.rules import Rule, same, scalar, stacked
 from looplm.model.attention import GQAConfig
 from looplm.model.block import AdapterConfig, BlockConfig
@@ -26,17 +26,17 @@ V4_ROOT = "model."  # what every name of v4 begins with
 class OSRTConfig(OriginalConfig):
     """What the configs of v3 and v4 have in common, their defaults and names."""
 
-    head_dim: PositiveInt = 64
+    head_dim: Size = 64
     """Width of a head."""
-    recursive_loops: PositiveInt = 6
+    recursive_loops: Count = 6
     """Loops."""
-    adapter_rank: PositiveInt = 16
+    adapter_rank: Size = 16
     """Rank of the adapters."""
     adapter_alpha: PositiveFloat = 16.0
     """Times the rank, their factor."""
     hra_enabled: bool = True
     """Whether the linear maps have the low-rank product of fine-tuning."""
-    hra_rank: NonNegativeInt = 0
+    hra_rank: CountOrNone = 0
     """Its rank, 0 for none."""
     hra_scale: PositiveFloat = 1.0
     """Its factor."""
@@ -52,19 +52,19 @@ class V3Config(OSRTConfig):
     """Nano-OSRT v3's config."""
 
     shapeless = frozenset({"adapter_alpha", "hra_scale", "rope_theta", "real_vocab_size", "seq_len"})
-    dim: PositiveInt = 1280
+    dim: Size = 1280
     """Width of the stream."""
-    heads: PositiveInt = 20
+    heads: Count = 20
     """Heads."""
-    vocab_size: PositiveInt = 50304
+    vocab_size: Size = 50304
     """Tokens, padded to a multiple of 64."""
-    real_vocab_size: PositiveInt = 50277
+    real_vocab_size: Size = 50277
     """Tokens that are scored and sampled; all, if it is more than there are."""
-    seq_len: PositiveInt = 4096
+    seq_len: Size = 4096
     """Longest context."""
-    num_blocks: PositiveInt = 2
+    num_blocks: Count = 2
     """Layers in the loop."""
-    ffn_hidden: PositiveInt
+    ffn_hidden: Size
     """Inner width; no field of theirs, but follows from dim."""
 
     @model_validator(mode="before")
@@ -93,25 +93,25 @@ class V4Config(OSRTConfig):
             *("top_k_experts", "router_aux_loss_coeff", "router_z_loss_coeff"),
         }
     )
-    dim: PositiveInt = 1536
+    dim: Size = 1536
     """Width of the stream."""
-    heads: PositiveInt = 24
+    heads: Count = 24
     """Heads."""
-    vocab_size: PositiveInt = 65536
+    vocab_size: Size = 65536
     """Tokens."""
-    real_vocab_size: PositiveInt = 65536
+    real_vocab_size: Size = 65536
     """Tokens that are scored and sampled; all, if it is more than there are."""
-    max_position_embeddings: PositiveInt = 8192
+    max_position_embeddings: Size = 8192
     """Longest context."""
-    num_blocks: PositiveInt = 3
+    num_blocks: Count = 3
     """Layers in the loop."""
-    dense_hidden: PositiveInt = 4096
+    dense_hidden: Size = 4096
     """Inner width of the dense branch."""
-    num_routed_experts: PositiveInt = 11
+    num_routed_experts: Count = 11
     """Experts to choose from. One more is shared by all tokens."""
-    top_k_experts: PositiveInt = 2
+    top_k_experts: Count = 2
     """Experts a token chooses."""
-    expert_hidden: PositiveInt = 1024
+    expert_hidden: Size = 1024
     """Inner width of an expert."""
     router_aux_loss_coeff: NonNegativeFloat = 0.01
     """Weight of the balance loss."""

@@ -36,7 +36,7 @@ from torch.optim import Optimizer
 from looplm import dist
 from looplm.checksums import Damage, find_damage, write_checksums
 from looplm.config import parse
-from looplm.errors import CheckpointError, FolderError, TrainingError
+from looplm.errors import CheckpointError, ConfigError, FolderError, TrainingError
 from looplm.files import LOCK, lock_folder, natural_key, write_whole
 from looplm.model.looped import LoopedLM, ModelConfig
 from looplm.optim.muon import SECOND_MOMENTUM
@@ -52,6 +52,7 @@ MODEL, AVERAGE, TRAINING, STATE, MARKER, CONFIG = (
 )
 BUILTIN = "builtin:"
 RNG = "torch_rng"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 STAGING = ".partial"  # inside a folder that is being made
 
 
@@ -66,20 +67,55 @@ class LoadedRun:
     """Where the weights were read."""
 
 
-def load(run: str | Path) -> LoopedLM:
-    """The model of a run folder, or of `builtin:reasoner`: newest complete checkpoint, fp32, ready for inference."""
-    return load_run(run).model
+def load(run: str | Path, *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "fp32") -> LoopedLM:
+    """The model of a run folder, or of `builtin:reasoner`: newest complete checkpoint, ready for inference, on `device`
+    (a text such as cuda:0, or auto for a GPU if there is one) in `dtype` (fp32, bf16, fp16, or torch's own).
+
+    Raises:
+        ConfigError: there is no such device or type.
+        CheckpointError: there is no such run, or it is damaged.
+    """
+    return load_run(run, device=device, dtype=dtype).model
 
 
-def load_run(run: str | Path) -> LoadedRun:
+def load_run(run: str | Path, *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "fp32") -> LoadedRun:
     """As `load`, with the run's config."""
+    to_device, to_dtype = _device(device), _dtype(dtype)
     folder = run_folder(run)
     weights = weights_folder(folder)
     config = read_yaml(folder / CONFIG)
     model = LoopedLM.on("cpu", run_model_config(folder), draw=False)
     with reading_from(folder, weights, damage_of(weights)):
         load_weights(model, weights / (AVERAGE if _is_there(weights / AVERAGE) else MODEL))
-    return LoadedRun(model.eval(), config, weights)
+    return LoadedRun(model.to(device=to_device, dtype=to_dtype).eval(), config, weights)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """A device that tensors can be put on here."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(device, str | torch.device):
+        try:
+            found = torch.device(device)
+            if found.type != "meta":
+                torch.empty(1, device=found)
+                return found
+        except (RuntimeError, AssertionError, NotImplementedError):  # AssertionError: torch without that device
+            pass
+    raise ConfigError(
+        f"device {str(device)!r} cannot be used here; give cpu, cuda or cuda:0 where there is a GPU, or auto"
+    )
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    names = {str(known).removeprefix("torch."): known for known in DTYPES.values()}
+    known = DTYPES | names
+    found = known.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise ConfigError(
+            f"dtype {str(dtype)!r} is none that a model runs in; give {', '.join(DTYPES)}, or torch's own"
+        )
+    return found
 
 
 def run_model_config(run: str | Path) -> ModelConfig:
@@ -93,6 +129,8 @@ def run_model_config(run: str | Path) -> ModelConfig:
 
 def run_folder(run: str | Path) -> Path:
     """The folder of a run by path or by `builtin:NAME`."""
+    if not isinstance(run, str | os.PathLike):
+        raise CheckpointError(f"a run is named by its folder or as builtin:reasoner, not by {run!r:.60}")
     text = str(run)
     if text.startswith(BUILTIN):
         root = Path(str(resources.files("looplm"))) / "builtin"
@@ -355,7 +393,9 @@ def _restore_training(optimizers: list[Optimizer], path: Path) -> None:
     states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     parameters = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
     for key, tensor in found.items():
-        number, index, name = key.split(".", 2)
+        number, index, name = (*key.split(".", 2), "", "")[:3]
+        if not (number.isdecimal() and index.isdecimal() and name):
+            raise CheckpointError(f"{path} holds {key!r}, which is no state of an optimizer; restore or retrain it")
         if int(number) >= len(optimizers) or int(index) >= len(parameters[int(number)]):
             raise CheckpointError(f"{path} was written by other optimizers than the config names")
         parameter = parameters[int(number)][int(index)]
@@ -368,6 +408,8 @@ def _restore_training(optimizers: list[Optimizer], path: Path) -> None:
         target = torch.zeros_like(parameter, dtype=tensor.dtype) if is_like else torch.zeros_like(tensor, device="cpu")
         targets[key] = states[int(number)].setdefault(int(index), {})[name] = target
     read_into(targets, path)
+    if targets[RNG].dtype != torch.uint8 or targets[RNG].shape != torch.get_rng_state().shape:
+        raise CheckpointError(f"{path} holds another generator's state; restore or retrain it")
     torch.set_rng_state(targets[RNG])
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -53,12 +53,14 @@ def check_rows(plan: LoopPlan, *, n_rows: int, exit: NoExit, has_backout: bool) 
     check_last_state("loops per row need", exit=exit, has_backout=has_backout, mend="; take another plan")
 
 
-def out_of_range(ids: Tensor, *, n_ids: int, error: IndexError) -> Exception:
-    """What an IndexError of a forward is about: most often ids that the model has not."""
+def out_of_range(ids: Tensor, *, n_ids: int, positions: Tensor | None, error: IndexError) -> Exception:
+    """What an IndexError of a forward is about: ids that the model has not, or positions beyond a cache."""
     low, high = int(ids.min()), int(ids.max())
-    if low >= 0 and high < n_ids:
+    if low < 0 or high >= n_ids:
+        return DataError(f"ids go from {low} to {high}, and this model has 0 to {n_ids - 1}")
+    if positions is None:
         return error
-    return DataError(f"ids go from {low} to {high}, and this model has 0 to {n_ids - 1}")
+    return DataError(f"positions go up to {int(positions.max())}, beyond the cache ({error})")
 
 
 def _kind(value: object) -> str:

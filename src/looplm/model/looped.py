@@ -334,7 +334,7 @@ class LoopedLM(nn.Module):
                 states=states,
             )
         except IndexError as error:  # of a CPU; a GPU would have to be waited for
-            raise out_of_range(ids, n_ids=self.config.n_embeddings, error=error) from None
+            raise out_of_range(ids, n_ids=self.config.n_embeddings, positions=positions, error=error) from None
 
     def run(
         self,

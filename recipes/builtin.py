@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from looplm.checkpoint import CONFIG, MODEL, load_run, read_state, run_folder, save_weights
+from looplm.checkpoint import CONFIG, MARKER, MODEL, load_run, read_state, run_folder, save_weights
+from looplm.checksums import write_checksums
 from looplm.eval.reasoning import Result, evaluate, held_out_questions, load_reasoner
 
 BUILTIN = Path(__file__).parents[1] / "src" / "looplm" / "builtin"
@@ -39,6 +40,7 @@ def write_reasoner(run: Path, *, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     loaded = load_run(run)
     save_weights(loaded.model, folder / MODEL, dtype=torch.bfloat16)
+    write_checksums(folder / MARKER, [MODEL])
     (folder / CONFIG).write_bytes((run_folder(run) / CONFIG).read_bytes())
     made = describe(run, recipe=recipe)
     result = evaluate(load_reasoner(folder), held_out_questions(N_QUESTIONS))

@@ -7,7 +7,7 @@ SRC = Path(__file__).parents[1] / "src" / "looplm"
 LADDER = [
     {"errors"},
     {"files", "reading"},
-    {"config"},
+    {"config", "checksums"},
     {"dist"},
     {"telemetry"},
     {"model", "data", "optim"},

@@ -5,19 +5,22 @@
                                           average.safetensors, where weights are averaged: what is read for inference
 With train.shard each of these files is a folder, `model.shards/` and so on, of one safetensors file per rank, written
 and read by torch.distributed.checkpoint: by any number of ranks, or by none.
-A bare `RUN/model.safetensors` beside config.yaml (as in the built-in reasoner) is a run without training state.
-Nothing is ever unpickled.
+A bare `RUN/model.safetensors` beside config.yaml (as in the built-in reasoner) is a run without training state; its
+COMPLETE stands beside it, if looplm wrote it.
+COMPLETE holds checksums (`checksums.py`), and whatever reads weights or training state checks them first. Nothing is
+ever unpickled.
 """
 
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +31,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from looplm import dist
+from looplm.checksums import Damage, find_damage, write_checksums
 from looplm.config import parse
-from looplm.errors import CheckpointError, TrainingError
-from looplm.files import write_whole
+from looplm.errors import CheckpointError, ConfigError, FolderError, TrainingError
+from looplm.files import LOCK, lock_folder, natural_key, write_whole
 from looplm.model.looped import LoopedLM, ModelConfig
 from looplm.model.memory import check_model_fits
 from looplm.optim.muon import SECOND_MOMENTUM
@@ -49,6 +53,8 @@ MODEL, AVERAGE, TRAINING, STATE, MARKER, CONFIG = (
 )
 BUILTIN = "builtin:"
 RNG = "torch_rng"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+STAGING = ".partial"  # inside a folder that is being made
 
 
 @dataclass
@@ -62,22 +68,57 @@ class LoadedRun:
     """Where the weights were read."""
 
 
-def load(run: str | Path) -> LoopedLM:
-    """The model of a run folder, or of `builtin:reasoner`: newest complete checkpoint, fp32, ready for inference."""
-    return load_run(run).model
+def load(run: str | Path, *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "fp32") -> LoopedLM:
+    """The model of a run folder, or of `builtin:reasoner`: newest complete checkpoint, ready for inference, on `device`
+    (a text such as cuda:0, or auto for a GPU if there is one) in `dtype` (fp32, bf16, fp16, or torch's own).
+
+    Raises:
+        ConfigError: there is no such device or type.
+        CheckpointError: there is no such run, or it is damaged.
+    """
+    return load_run(run, device=device, dtype=dtype).model
 
 
-def load_run(run: str | Path) -> LoadedRun:
+def load_run(run: str | Path, *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "fp32") -> LoadedRun:
     """As `load`, with the run's config."""
+    to_device, to_dtype = _device(device), _dtype(dtype)
     folder = run_folder(run)
     weights = weights_folder(folder)
     config = _read_config(folder)
     model_config = run_model_config(folder)
     check_model_fits(model_config)
     model = LoopedLM.on("cpu", model_config, draw=False)
-    with _naming_the_one_before(folder, weights):
+    with reading_from(folder, weights, damage_of(weights)):
         load_weights(model, weights / (AVERAGE if _is_there(weights / AVERAGE) else MODEL))
-    return LoadedRun(model.eval(), config, weights)
+    return LoadedRun(model.to(device=to_device, dtype=to_dtype).eval(), config, weights)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """A device that tensors can be put on here."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(device, str | torch.device):
+        try:
+            found = torch.device(device)
+            if found.type != "meta":
+                torch.empty(1, device=found)
+                return found
+        except (RuntimeError, AssertionError, NotImplementedError):  # AssertionError: torch without that device
+            pass
+    raise ConfigError(
+        f"device {str(device)!r} cannot be used here; give cpu, cuda or cuda:0 where there is a GPU, or auto"
+    )
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    names = {str(known).removeprefix("torch."): known for known in DTYPES.values()}
+    known = DTYPES | names
+    found = known.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise ConfigError(
+            f"dtype {str(dtype)!r} is none that a model runs in; give {', '.join(DTYPES)}, or torch's own"
+        )
+    return found
 
 
 def run_model_config(run: str | Path) -> ModelConfig:
@@ -98,6 +139,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def run_folder(run: str | Path) -> Path:
     """The folder of a run by path or by `builtin:NAME`."""
+    if not isinstance(run, str | os.PathLike):
+        raise CheckpointError(f"a run is named by its folder or as builtin:reasoner, not by {run!r:.60}")
     text = str(run)
     if text.startswith(BUILTIN):
         root = Path(str(resources.files("looplm"))) / "builtin"
@@ -120,7 +163,7 @@ def weights_folder(folder: Path) -> Path:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first. A folder without its marker was cut short and does not count."""
-    return sorted(path.parent for path in folder.glob(f"checkpoints/step-*/{MARKER}"))
+    return sorted((path.parent for path in folder.glob(f"checkpoints/step-*/{MARKER}")), key=natural_key)
 
 
 def latest_checkpoint(folder: Path) -> Path:
@@ -248,9 +291,9 @@ def save_weights(model: LoopedLM, path: Path, *, dtype: torch.dtype | None = Non
     save_tensors({name: t.detach().to(dtype or t.dtype) for name, t in own_tensors(model).items()}, path)
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, with texts in its header."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
 def tied_names(model: LoopedLM) -> set[str]:
@@ -275,7 +318,7 @@ def save_checkpoint(
     final = folder / "checkpoints" / f"step-{step:08d}"
     if dist.from_main((final / MARKER).exists()):
         return final
-    temporary = final.with_name(final.name + ".partial")
+    temporary, unnamed = final.with_name(final.name + ".partial"), MARKER + ".new"
     files: dict[str, Mapping[str, Tensor]] = {
         MODEL: {name: tensor.detach() for name, tensor in own_tensors(model).items()},
         TRAINING: optimizer_tensors(optimizers) | {RNG: torch.get_rng_state()},
@@ -290,10 +333,12 @@ def save_checkpoint(
 
     def end() -> None:
         (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        names = [path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file()]
+        write_checksums(temporary / unnamed, names)
         for path in temporary.rglob("*"):
             _sync(path)
         temporary.rename(final)
-        (final / MARKER).touch()
+        (final / unnamed).rename(final / MARKER)
         _sync(final)
         _sync(final.parent)  # the rename itself, before anything older is deleted
         _remove_old(folder, keep=keep)
@@ -332,22 +377,25 @@ def _save_shards(tensors: Mapping[str, Tensor], path: Path) -> None:
 def read_state(folder: Path) -> dict[str, Any]:
     """The state saved with the newest complete checkpoint: what a resume needs to know before it builds anything."""
     path = latest_checkpoint(folder)
-    with _naming_the_one_before(folder, path):
+    with reading_from(folder, path, damage_of(path, only=[STATE])):
         return read_json(path / STATE, error=CheckpointError)
 
 
 def load_checkpoint(folder: Path, *, model: LoopedLM, optimizers: list[Optimizer]) -> None:
     """Restore the newest complete checkpoint into model and optimizers."""
     path = latest_checkpoint(folder)
-    with _naming_the_one_before(folder, path):
+    # one rank reads all of it for its checksums, not every rank
+    damage = dist.from_main(damage_of(path) if dist.is_main() else None)
+    with reading_from(folder, path, damage):
         load_weights(model, path / MODEL)
         _restore_training(optimizers, path / TRAINING)
 
 
 def load_average(folder: Path, *, into: Mapping[str, Tensor]) -> None:
-    """Restore the averaged weights of the newest complete checkpoint, by the names of `own_tensors`."""
+    """Restore the averaged weights of the newest complete checkpoint, by the names of `own_tensors`. What
+    `load_checkpoint` has checked is not checked again."""
     path = latest_checkpoint(folder)
-    with _naming_the_one_before(folder, path):
+    with reading_from(folder, path, None):
         _read_weights(into, path / AVERAGE)
 
 
@@ -370,7 +418,9 @@ def _restore_training(optimizers: list[Optimizer], path: Path) -> None:
     states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     parameters = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
     for key, tensor in found.items():
-        number, index, name = key.split(".", 2)
+        number, index, name = (*key.split(".", 2), "", "")[:3]
+        if not (number.isdecimal() and index.isdecimal() and name):
+            raise CheckpointError(f"{path} holds {key!r}, which is no state of an optimizer; restore or retrain it")
         if int(number) >= len(optimizers) or int(index) >= len(parameters[int(number)]):
             raise CheckpointError(f"{path} was written by other optimizers than the config names")
         parameter = parameters[int(number)][int(index)]
@@ -383,6 +433,8 @@ def _restore_training(optimizers: list[Optimizer], path: Path) -> None:
         target = torch.zeros_like(parameter, dtype=tensor.dtype) if is_like else torch.zeros_like(tensor, device="cpu")
         targets[key] = states[int(number)].setdefault(int(index), {})[name] = target
     read_into(targets, path)
+    if targets[RNG].dtype != torch.uint8 or targets[RNG].shape != torch.get_rng_state().shape:
+        raise CheckpointError(f"{path} holds another generator's state; restore or retrain it")
     torch.set_rng_state(targets[RNG])
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -398,6 +450,43 @@ def write_text(path: Path, text: str) -> None:
         ) from None
 
 
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A model folder that is made whole or not at all. Write into the folder that is yielded: its files move to `out`
+    at the end, with their checksums, the config last. All is as before if anything fails.
+
+    Raises:
+        FolderError: `out` holds something, cannot be written into, or another process is writing into it.
+    """
+    with lock_folder(out):
+        staging = out / STAGING
+        shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed
+        held = sorted(path.name for path in out.iterdir() if path.name != LOCK)
+        if held:
+            raise FolderError(f"{str(out)!r} is not empty (it holds {held[0]!r}); give a new folder")
+        moved: list[Path] = []
+        try:
+            staging.mkdir()
+            yield staging
+            names = sorted((path.name for path in staging.iterdir()), key=lambda name: (name == CONFIG, name))
+            # the config is left out: it is a file that people edit
+            write_checksums(staging / MARKER, [name for name in names if name != CONFIG])
+            for path in staging.iterdir():
+                _sync(path)
+            for name in [MARKER, *names]:
+                moved.append((staging / name).rename(out / name))
+            _sync(out)
+        except BaseException as error:  # Ctrl-C too
+            for path in moved:
+                path.unlink()
+            if isinstance(error, OSError | SafetensorError):
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+                raise FolderError(f"{str(out)!r} could not be written ({reason}); nothing is left of it") from None
+            raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
 def _remove_old(folder: Path, *, keep: int) -> None:
     """Delete all but the newest `keep` complete checkpoints, and whatever was left half written."""
     complete = checkpoints(folder)
@@ -409,14 +498,35 @@ def _remove_old(folder: Path, *, keep: int) -> None:
 
 
 @contextmanager
-def _naming_the_one_before(folder: Path, path: Path) -> Iterator[None]:
-    """Add to an error about a damaged checkpoint which earlier one can take its place."""
+def reading_from(folder: Path, path: Path, damage: Damage | None) -> Iterator[None]:
+    """Read from `path`, a checkpoint of the run `folder` or, for weights without training state, the folder itself.
+    `damage` is what is known to be wrong with it. An error names the earlier checkpoint that can take its place.
+
+    Raises:
+        CheckpointError: there is damage.
+    """
     try:
+        if damage is not None and not damage.is_readable:
+            raise CheckpointError(f"{damage}; restore or retrain it")
         yield
+        if damage is not None:
+            raise CheckpointError(f"{damage}; restore or retrain it")
     except CheckpointError as error:
-        others = [other for other in checkpoints(folder) if other != path]
-        hint = f" An earlier checkpoint is there: delete {path} to go back to {others[-1].name}." if others else ""
+        before = None if path == folder else _whole_before(folder, path)
+        hint = "" if before is None else f" An earlier checkpoint is there: delete {path} to go back to {before.name}."
         raise CheckpointError(f"{error}{hint}") from None
+
+
+def damage_of(path: Path, *, only: Iterable[str] | None = None) -> Damage | None:
+    """The first file of a checkpoint or model folder that is not as it was written; with `only`, of these. A folder
+    without checksums is taken as it is."""
+    return find_damage(path / MARKER, only=only) if (path / MARKER).is_file() else None
+
+
+def _whole_before(folder: Path, path: Path) -> Path | None:
+    """The newest checkpoint of a run before `path` that is not damaged too."""
+    earlier = list(takewhile(lambda other: other != path, checkpoints(folder)))
+    return next((other for other in reversed(earlier) if damage_of(other) is None), None)
 
 
 def _sync(path: Path) -> None:

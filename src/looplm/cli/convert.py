@@ -1,5 +1,6 @@
 """`looplm import` and `looplm export`: other systems' checkpoints."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,11 +19,13 @@ def import_(
     ] = None,
 ) -> None:
     """Make a run folder of another system's checkpoint; every other command takes it."""
+    from looplm.hf.convert import table_of
     from looplm.hf.files import import_run
     from looplm.reading import read_json
 
+    table_of(system)
     fields = read_json(config, what="--config") if config is not None else {}
-    model = import_run(system, checkpoint, out=out, config=fields)
+    model = import_run(system, checkpoint, out=out, config=fields, say=partial(typer.echo, err=True))
     size = sum(parameter.numel() for parameter in model.parameters())
     typer.echo(f"{out}: {size:,} parameters of {system}, {model.config.n_loops} loops")
 
@@ -46,6 +49,8 @@ def export(
 ) -> None:
     """Write an imported run back in the original's format."""
     from looplm.checkpoint import load
+    from looplm.hf.convert import table_of
     from looplm.hf.files import export_run
 
+    table_of(to)
     typer.echo(f"wrote {export_run(load(run), run, system=to, out=out)}")

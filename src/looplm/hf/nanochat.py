@@ -4,8 +4,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from looplm.config import parse
+from looplm.hf.original import Count, OriginalConfig, Size
 from looplm.hf.rules import Rule, halves_swapped, same, split
 from looplm.model.attention import GQAConfig, ValueEmbedConfig
 from looplm.model.block import BlockConfig
@@ -17,24 +20,55 @@ from looplm.model.smear import GateSmearConfig
 FLOAT32_EPS = 2.0**-23
 
 
-def model_config(foreign: Mapping[str, Any]) -> ModelConfig:
-    """Our config for one with nanochat's field names."""
-    n_layers, d_model, n_heads = foreign["n_layer"], foreign["n_embd"], foreign["n_head"]
-    letters = (foreign.get("window_pattern", "L").upper() * n_layers)[: n_layers - 1] + "L"
+class NanochatConfig(OriginalConfig):
+    """nanochat's GPTConfig, its defaults and names."""
+
+    shapeless = frozenset({"sequence_len", "window_pattern"})
+    sequence_len: Size = 2048
+    """Tokens of a training row; positions and windows follow from it."""
+    vocab_size: Size = 32768
+    """Tokens, without padding."""
+    n_layer: Count = 12
+    """Layers."""
+    n_head: Count = 6
+    """Query heads."""
+    n_kv_head: Count = 6
+    """Key and value heads."""
+    n_embd: Size = 768
+    """Width of the stream."""
+    window_pattern: str = Field(default="L", pattern="^[SLsl]+$")
+    """A letter a layer, repeated: S for a quarter of the context, L for all. What has none is older than windows."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "NanochatConfig":
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        return self
+
+
+def original_config(fields: Mapping[str, Any], state: Mapping[str, Tensor]) -> NanochatConfig:
+    """nanochat's own config. `fields` may leave some out; the weights add none."""
+    return parse(NanochatConfig, fields, source="the nanochat config")
+
+
+def model_config(original: NanochatConfig) -> ModelConfig:
+    """Our config for one of nanochat's."""
+    n_layers, d_model, n_heads = original.n_layer, original.n_embd, original.n_head
+    letters = (original.window_pattern.upper() * n_layers)[: n_layers - 1] + "L"
     # nanochat's short window counts the tokens before the query, ours the query too
-    short = math.ceil(math.ceil(foreign["sequence_len"] / 4) / 128) * 128 + 1
+    short = math.ceil(math.ceil(original.sequence_len / 4) / 128) * 128 + 1
     has_short = "S" in letters
     return ModelConfig(
-        vocab_size=foreign["vocab_size"],
+        vocab_size=original.vocab_size,
         vocab_multiple=64,
         d_model=d_model,
-        seq_len=foreign["sequence_len"],
+        seq_len=original.sequence_len,
         n_core=n_layers,
         n_loops=1,
         block=BlockConfig(
             attention=GQAConfig(
                 n_heads=n_heads,
-                n_kv_heads=foreign["n_kv_head"],
+                n_kv_heads=original.n_kv_head,
                 head_dim=d_model // n_heads,
                 qk_norm="after_rope",
                 qk_gain=1.2,
@@ -88,9 +122,7 @@ def rules(config: ModelConfig) -> list[Rule]:
 
 
 def clean(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """What any version of nanochat wrote, as the newest writes it: no compile prefix, all lambdas there."""
-    found = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
-    like = next(iter(found.values())).float()
-    found.setdefault("resid_lambdas", like.new_ones(config.n_core))
-    found.setdefault("x0_lambdas", like.new_zeros(config.n_core))
-    return found
+    """What any version of nanochat wrote, as the newest writes it: all lambdas there."""
+    like = next(iter(state.values())).float()
+    filled = {"resid_lambdas": like.new_ones(config.n_core), "x0_lambdas": like.new_zeros(config.n_core)}
+    return filled | dict(state)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from looplm.checkpoint import mismatches
-from looplm.errors import CheckpointError
 from looplm.model.looped import LoopedLM
 
 Change = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -69,21 +68,19 @@ def halves_swapped(ours: str, theirs: str, *, head_dim: int) -> Rule:
     return Rule((ours,), (theirs,), swap, swap)
 
 
-def load_by_rules(model: LoopedLM, rules: Iterable[Rule], state: Mapping[str, Tensor], *, system: str) -> None:
-    """Copy a foreign state dict into `model`. Missing, extra and misshapen keys: one error that lists them."""
-    rules = list(rules)
-    expected = _their_shapes(model, rules)
-    problems = mismatches(expected, state)
-    if problems:
-        shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise CheckpointError(
-            f"these weights are not of the {system} model that the config describes: {shown}. Give the config that "
-            "belongs to them."
-        )
+def misfits(model: LoopedLM, rules: Iterable[Rule], state: Mapping[str, Tensor]) -> str:
+    """Missing, extra and misshapen keys of a foreign state dict in one line, empty where it fits. The model may be on
+    the meta device."""
+    problems = mismatches(_their_shapes(model, list(rules)), state)
+    return "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
+
+
+def load_by_rules(model: LoopedLM, rules: Iterable[Rule], state: Mapping[str, Tensor]) -> None:
+    """Copy a foreign state dict that fits (`misfits`) into `model`."""
     own = _own_tensors(model)
     with torch.no_grad():
         for rule in rules:
-            parts = rule.load([state[name] for name in rule.theirs])
+            parts = rule.load([state[name].float() for name in rule.theirs])  # float8 is not stacked
             for name, part in zip(rule.ours, parts, strict=True):
                 own[name].copy_(part)
 

@@ -9,7 +9,7 @@ from looplm.data.bpe import load_tokenizer
 from looplm.data.prepare import end_of_text
 from looplm.errors import DataError
 from looplm.infer.decoders import EarlyExit
-from looplm.infer.engine import Generation, OnToken
+from looplm.infer.engine import Generation, OnToken, check_texts
 from looplm.infer.sampling import SamplingConfig
 from looplm.infer.speculate import Draft, generate_or_draft
 from looplm.model.looped import LoopedLM
@@ -85,6 +85,7 @@ class Completer:
             ConfigError: a draft was given, and `early` or `batch_size` too.
             DataError: a prompt is empty and nothing begins a text.
         """
+        check_texts(prompts)
         end_id = self.codec.end_id
         ids = [self._prompt_ids(prompt) for prompt in prompts]
         generations = generate_or_draft(

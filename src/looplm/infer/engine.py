@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from looplm.errors import ConfigError, DataError
+from looplm.errors import ConfigError, DataError, LooplmError
 from looplm.infer.decoders import EarlyExit, FullDepth, StopsEarly
 from looplm.infer.sampling import Sampler, SamplingConfig
 from looplm.model.loop.plan import LoopPlan
@@ -56,8 +56,12 @@ def generate(
     """
     loops = LoopPlan(model.config.n_loops if n_loops is None else n_loops).n_loops
     check_prompts(prompts, model=model, max_new_tokens=max_new_tokens)
-    if batch_size is not None and batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}; give 1 or more")
+    if batch_size is not None:
+        check_whole("batch_size", batch_size)
+    if isinstance(eos_id, bool) or not isinstance(eos_id, int):
+        raise ConfigError(f"eos_id is {eos_id!r:.60}; give an id, or -1 for none")
+    check_kind("sampling", sampling, SamplingConfig)
+    check_kind("early", early, EarlyExit)
     capacity = cache_capacity(model, max(map(len, prompts)), max_new_tokens)
 
     def new_decoder(n_rows: int, n_places: int) -> FullDepth:
@@ -187,17 +191,45 @@ def previous_ids(contexts: Sequence[Sequence[int]], *, n_back: int) -> Tensor:
     return torch.tensor([row[len(row) - n_back :] for row in padded], dtype=torch.long).view(len(contexts), n_back)
 
 
+def check_texts(texts: Sequence[str]) -> None:
+    """Refuse what is not a list of texts; one text alone would be taken for its letters."""
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise DataError(f"prompts are {texts!r:.60}; give a list of texts, for one text [text]")
+    for text in texts:
+        if not isinstance(text, str):
+            raise DataError(f"a prompt is {text!r:.60}; give a text")
+
+
 def check_prompts(prompts: Sequence[Sequence[int]], *, model: LoopedLM, max_new_tokens: int) -> None:
     """Refuse what cannot be continued."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise DataError(f"prompts are {prompts!r:.60}; give a list of prompts, each a list of ids")
     if not prompts:
         raise DataError("no prompts were given")
-    if max_new_tokens < 1:
-        raise DataError(f"max_new_tokens is {max_new_tokens}; give 1 or more")
+    check_whole("max_new_tokens", max_new_tokens, error=DataError)
+    n_ids = model.config.vocab_size
     for prompt in prompts:
+        if isinstance(prompt, str) or not isinstance(prompt, Sequence):
+            raise DataError(f"a prompt is {prompt!r:.60}; give a list of ids (of a tensor: tensor.tolist())")
         if not prompt:
             raise DataError("the prompt is empty; give at least one token")
+        for token in prompt:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < n_ids:
+                raise DataError(f"a prompt holds {token!r:.60}, which is no id of this model: give 0 to {n_ids - 1}")
         if len(prompt) >= model.config.seq_len:
             raise DataError(
                 f"the prompt has {len(prompt)} tokens and the model's context is {model.config.seq_len}: no room is "
                 "left for an answer; shorten the prompt"
             )
+
+
+def check_whole(name: str, value: int, *, error: type[LooplmError] = ConfigError) -> None:
+    """Refuse what is not a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise error(f"{name} is {value!r:.60}; give 1 or more, a whole number")
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Refuse what is neither None nor a `kind`."""
+    if value is not None and not isinstance(value, kind):
+        raise ConfigError(f"{name} is {value!r:.60}; give a {kind.__name__}")

@@ -7,7 +7,7 @@ from looplm.data.tasks.example import Completion, parse_completion, render_promp
 from looplm.data.tokenizer import EOS_ID, reasoning_tokenizer
 from looplm.errors import DataError
 from looplm.infer.decoders import EarlyExit
-from looplm.infer.engine import Generation, OnToken
+from looplm.infer.engine import Generation, OnToken, check_texts
 from looplm.infer.sampling import SamplingConfig
 from looplm.infer.speculate import Draft, generate_or_draft
 from looplm.model.looped import LoopedLM
@@ -57,6 +57,7 @@ class Reasoner:
         Raises:
             ConfigError: a draft was given, and `early` or `batch_size` too.
         """
+        check_texts(questions)
         prompts = [self.prompt_ids(question) for question in questions]
         generations = generate_or_draft(
             self.model,

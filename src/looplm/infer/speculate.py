@@ -16,7 +16,16 @@ from torch import Tensor
 
 from looplm.errors import ConfigError
 from looplm.infer.decoders import EarlyExit, PartialDepth
-from looplm.infer.engine import Generation, OnToken, cache_capacity, check_prompts, generate, previous_ids
+from looplm.infer.engine import (
+    Generation,
+    OnToken,
+    cache_capacity,
+    check_kind,
+    check_prompts,
+    check_whole,
+    generate,
+    previous_ids,
+)
 from looplm.infer.sampling import Sampler, SamplingConfig
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import LoopedLM
@@ -33,8 +42,7 @@ class Draft:
 
     def __post_init__(self) -> None:
         for name, value in (("n_loops", self.n_loops), ("n_tokens", self.n_tokens)):
-            if value < 1:
-                raise ConfigError(f"a draft's {name} is {value}; give 1 or more")
+            check_whole(f"a draft's {name}", value)
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ def speculate(
         ConfigError: the draft has no fewer loops than full depth, or the model an exit of its own or a backout.
     """
     loops = LoopPlan(model.config.n_loops if n_loops is None else n_loops).n_loops
+    check_kind("sampling", sampling, SamplingConfig)
     if draft.n_loops >= loops:
         raise ConfigError(f"a draft of {draft.n_loops} loops leaves none of {loops} to run; give it fewer")
     check_prompts(prompts, model=model, max_new_tokens=max_new_tokens)
@@ -112,6 +121,7 @@ def generate_or_draft(
     Raises:
         ConfigError: a draft was given, and `early` or `batch_size` too.
     """
+    check_kind("draft", draft, Draft)
     if draft is None:
         return generate(model, prompts, early=early, batch_size=batch_size, **options)
     if early is not None:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from looplm.config import Config, Layers, Loops, Scale, Size
 from looplm.errors import ConfigError, DataError
+from looplm.model.arguments import check_cache, check_ids, check_rows, out_of_range
 from looplm.model.attention import GQAConfig
 from looplm.model.block import AdapterConfig, Block, BlockConfig, run_layers
 from looplm.model.cache import KVCache, Slot, join, left_behind
@@ -24,7 +25,7 @@ from looplm.model.init import init_weights
 from looplm.model.layer_inputs import Asides, LayerInputs, Place, layer_inputs
 from looplm.model.linear import MANY_ROWS, MOST_ROWS, Linear, LowRankConfig, join_weights
 from looplm.model.loop.adapter import LoopLoRA, LoopLoRAConfig
-from looplm.model.loop.exit import ExitConfig, Halting, NoExitConfig, check_last_state, make_exit
+from looplm.model.loop.exit import ExitConfig, Halting, NoExitConfig, make_exit
 from looplm.model.loop.inject import InjectConfig, NoInjectConfig, make_inject
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.loop.rows import run_rows
@@ -214,9 +215,11 @@ class LoopedLM(nn.Module):
             plan = LoopPlan(self.config.n_loops if n_loops is None else n_loops)
         elif n_loops is not None:
             raise ConfigError(f"n_loops {n_loops} and a plan of {plan.n_loops} loops were both given; give one")
+        check_ids(ids, plan=plan, positions=positions, before=before, n_back=self.n_back)
         parts = self._parts(ids, cache=cache, n_keys=n_keys)
         if isinstance(parts, CompiledParts) and self._is_unrolled(plan) and before is not None:
             assert cache is not None
+            check_cache(cache, n_rows=len(ids), n_keys=n_keys)
             at = self._check_cached(cache, plan=plan, positions=positions, n_keys=n_keys)
             hidden, logits = parts.step(ids, n_loops=plan.n_loops, cache=cache, positions=at, before=before)
         else:
@@ -315,28 +318,33 @@ class LoopedLM(nn.Module):
         """The state after coda and final norm, (B, T, D): everything but the head, so that a loss can apply the head
         to the positions it scores and to no others. `documents` (B, T) numbers the documents packed in a row. What
         training wants to know of the parts is put into `asides`, the state after every loop that ran into `states`."""
+        check_ids(ids, plan=plan, positions=positions, before=before, n_back=self.n_back)
         if cache is None and ids.shape[1] > self.config.seq_len:
             raise DataError(
                 f"{ids.shape[1]} tokens do not fit the model's context of {self.config.seq_len}; shorten them"
             )
         if cache is not None:
+            check_cache(cache, n_rows=len(ids), n_keys=n_keys)
             self._check_cached(cache, plan=plan, positions=positions, n_keys=n_keys)
         if plan.per_row is not None:
-            self._check_rows(plan, n_rows=len(ids))
+            check_rows(plan, n_rows=len(ids), exit=self.exit, has_backout=self.backout is not None)
         asks_beside = asides is not None or states is not None
         parts = self if self._is_unrolled(plan) or asks_beside else self._parts(ids, cache=cache, n_keys=n_keys)
-        return self.run(
-            ids,
-            parts=parts,
-            plan=plan,
-            cache=cache,
-            positions=positions,
-            n_keys=n_keys,
-            documents=documents,
-            before=before,
-            asides=asides,
-            states=states,
-        )
+        try:
+            return self.run(
+                ids,
+                parts=parts,
+                plan=plan,
+                cache=cache,
+                positions=positions,
+                n_keys=n_keys,
+                documents=documents,
+                before=before,
+                asides=asides,
+                states=states,
+            )
+        except IndexError as error:  # of a CPU; a GPU would have to be waited for
+            raise out_of_range(ids, n_ids=self.config.n_embeddings, positions=positions, error=error) from None
 
     def run(
         self,
@@ -404,14 +412,6 @@ class LoopedLM(nn.Module):
         if plan.per_row is not None:
             raise ConfigError("a plan with loops per row is for training; with a cache all rows run the same number")
         return positions
-
-    def _check_rows(self, plan: LoopPlan, *, n_rows: int) -> None:
-        """Refuse loops by row where they would mean nothing."""
-        assert plan.per_row is not None
-        if len(plan.per_row) != n_rows:
-            raise ConfigError(f"the plan has loops for {len(plan.per_row)} rows and the batch has {n_rows}")
-        has_backout = self.backout is not None
-        check_last_state("loops per row need", exit=self.exit, has_backout=has_backout, mend="; take another plan")
 
     def inputs(
         self,

@@ -39,6 +39,9 @@ class LoopPlan:
     per_row: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        for name, number in (("n_loops", self.n_loops), ("n_grad", self.n_grad), *self._rows()):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int | np.integer)):
+                raise ConfigError(f"{name} is {number!r:.60}; give a whole number")
         if self.n_loops < 1:
             raise ConfigError(f"n_loops is {self.n_loops}; a looped model runs its core at least once: give 1 or more")
         if self.n_loops > MOST_LOOPS:
@@ -52,6 +55,9 @@ class LoopPlan:
                 f"per_row is {self.per_row} and n_loops {self.n_loops}; give every row 1 or more, and their largest as "
                 "n_loops"
             )
+
+    def _rows(self) -> list[tuple[str, int]]:
+        return [("a number of per_row", number) for number in self.per_row or ()]
 
     @classmethod
     def of_rows(cls, per_row: Sequence[int], *, n_grad: int | None = None) -> "LoopPlan":

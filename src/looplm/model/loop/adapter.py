@@ -1,4 +1,4 @@
-"""What tells the loops apart after the core: one low-rank correction with a learned scale per loop (OpenMythos)."""
+"""What differs from loop to loop after the core: a low-rank correction with a learned scale per loop (OpenMythos)."""
 
 import torch
 from torch import Tensor, nn

@@ -66,8 +66,8 @@ class PermutationsConfig(Config):
     n_ramp: NonNegativeInt = 1000
     """Batches over which the longest length drawn grows from min_len to max_len."""
     gate: Number | None = Field(default=None, gt=0, le=1)
-    """In place of n_ramp: the longest length grows by one whenever this share of the tokens of such sequences is right;
-    null for the ramp."""
+    """Instead of n_ramp: the longest length grows by one whenever this share of the tokens of the longest sequences is
+    right; null for the ramp."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "PermutationsConfig":

@@ -29,7 +29,7 @@ class AdapterConfig(Config):
     scale: Scale = 1.0
     """Factor of the product."""
     n_loops: Loops
-    """Loops with a pair of their own; later ones use the last."""
+    """Loops that have a pair; later loops use the last pair."""
 
 
 class BlockConfig(Config):

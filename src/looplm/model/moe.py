@@ -47,7 +47,8 @@ class MoEConfig(Config):
     renormalise: bool = True
     """Divide the chosen gates by their sum."""
     n_loop_embeds: Loops | None = None
-    """Loops with a learned embedding that the router reads beside the token, later ones the last; null for none."""
+    """Loops with a learned embedding, which the router reads beside the token; later loops use the last one; null for
+    none."""
     has_bias: bool = False
     """Keep a bias per expert that moves the choice, not the gate: a buffer, which gets no gradient."""
     bias_rate: NonNegativeFloat = Field(default=0.0, le=1)

@@ -12,7 +12,7 @@ class LoopLoRAConfig(Config):
     rank: Size
     """Inner width."""
     n_loops: Loops
-    """Loops with a scale of their own; later ones use the last."""
+    """Loops that have a scale; later loops use the last one."""
     max_scale: Scale | None = None
     """Largest magnitude of a scale; null for no bound."""
 

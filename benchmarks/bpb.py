@@ -195,7 +195,7 @@ def race(trainee: Trainee, text: BytesSource, held_out: BytesSource, *, name: st
 
 @torch.no_grad()
 def bits_per_byte(losses: Callable[[Batch], Tensor], held_out: BytesSource) -> float:
-    """Of all held-out bytes but those that no whole window holds, each scored once."""
+    """Bits per byte of all held-out bytes that whole windows hold, each scored once."""
     nats, n = 0.0, 0
     for index in range(held_out.n_held_out):
         batch = held_out.batch(index)

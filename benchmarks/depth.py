@@ -8,8 +8,8 @@ run with the rule, by continuous depth batching, and at fixed depth, alternating
 
 reasoning: a reasoner with a dial (RUN, else builtin:reasoner-deep). Accuracy from half its trained depth to four times
 that, and with the exit rule that `looplm calibrate RUN` stored; wall time per answer with the rule and at full depth,
-alternating, one question at a time and 16 at a time, waiting ones taking the places of those that are answered; and
-beside it in groups of 16 that wait for the longest answer.
+alternating, one question at a time and 16 at a time, where a waiting question takes the row of an answered one; and in
+groups of 16 that wait for the longest answer.
 
 speculation: the same reasoner, one question at a time: tokens per second plain and drafted with fewer loops,
 alternating, and whether the text is the same. Both reasoner parts are timed as `looplm generate` decodes, on one

@@ -35,7 +35,7 @@ FILE_LIMIT = 600_000  # bytes of the largest file, where no small file system ca
 
 
 def train(words: list[str], *, limit: bool = False) -> subprocess.Popen[str]:
-    """Start `looplm train` in two processes, in a process group of its own."""
+    """Start `looplm train` in two processes, in a new process group."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "looplm", "train", *words]
 
     def before() -> None:
@@ -55,7 +55,7 @@ def train(words: list[str], *, limit: bool = False) -> subprocess.Popen[str]:
 
 
 def words_for(run: Path, recipe: Path) -> list[str]:
-    """Begin, or go on with what there is."""
+    """Begin the run, or resume it."""
     return ["--resume", str(run)] if (run / "config.yaml").exists() else [str(recipe), "--out", str(run)]
 
 
@@ -74,12 +74,12 @@ def killed(run: Path, recipe: Path, *, n_kills: int, rng: random.Random) -> None
         process = train(words_for(run, recipe))
         time.sleep(rng.uniform(1, LONGEST_LIFE))
         ended = process.poll() is not None
-        for pid in [process.pid, *descendants(process.pid)]:  # torchrun's ranks are in sessions of their own
+        for pid in [process.pid, *descendants(process.pid)]:  # each of torchrun's ranks is in its own session
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         said = process.communicate()[0]
         if ended and process.returncode and "is used up" not in said:
-            sys.exit(f"after kill {number - 1} the run did not go on:\n{said}")
+            sys.exit(f"after kill {number - 1} the run did not continue:\n{said}")
         whole = checkpoints(run)
         if whole:
             load_run(run)  # whatever is taken for a checkpoint can be read

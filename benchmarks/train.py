@@ -6,8 +6,8 @@ python benchmarks/train.py [--sizes 1m 10m 100m] [--device auto] [--threads 2] [
 A step is what `looplm train` does: forward, loss, backward, Muon and AdamW, bf16 autocast, compiled blocks; random
 tokens, all layers and loops with gradient. FLOPs are counted as `looplm count` counts them, and the machine's rate is
 that of a bf16 product of 1,024 cubed (8,192 on a GPU) timed between the rounds. Compiling comes before and is not
-counted. On a GPU the size nanochat-d12 is there too; --gpu h100 names its data sheet (those that `looplm plan` knows),
-and each line ends in the MFU, the share of the rate that stands there.
+counted. On a GPU there is the size nanochat-d12 too; --gpu h100 names its data sheet (one that `looplm plan` knows),
+and each line ends in the MFU, the share of the data sheet's rate.
 """
 
 import argparse

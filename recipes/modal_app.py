@@ -58,7 +58,7 @@ def on_cpu(commands: list[Command]) -> int:
 
 @app.function(gpu="H100", timeout=DAY, retries=retries, single_use_containers=True)
 def on_gpu(commands: list[Command], resumed: list[Command]) -> int:
-    """As `on_cpu`, or what goes on with the run where it has begun."""
+    """As `on_cpu`, or the command that continues the run if it has begun."""
     return run(resumed if Path(VOLUME, RUN, "config.yaml").exists() else commands)
 
 
@@ -73,7 +73,7 @@ def run(commands: list[Command]) -> int:
             process.terminate()  # torchrun hands it to the ranks, which write a checkpoint
             process.wait()
             volume.commit()
-            raise TimeoutError("the day is over: started again, it goes on") from None
+            raise TimeoutError("the day is over; start it again to continue") from None
         volume.commit()
         if status:
             return status

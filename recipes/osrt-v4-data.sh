@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The tokenizer and the eight datasets of `looplm train pretrain-osrt-v4`, streamed from the Hugging Face hub: hundreds of
-# gigabytes and days in full. Stopped, it goes on. With the word `tokenizer` or `data` it does that part alone.
+# gigabytes, and days, in full. If it was stopped, the same command continues. With the argument `tokenizer` or `data` it
+# does that part alone.
 set -euo pipefail
 case "${1:-}" in "" | tokenizer | data) ;; *) echo "error: no part named '$1'; parts: tokenizer, data" >&2; exit 2 ;; esac
 TOKENIZER=${TOKENIZER:-prepared/tokenizer}

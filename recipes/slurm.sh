@@ -3,8 +3,8 @@
 #
 #     RUN=runs/big sbatch --nodes 4 recipes/slurm.sh pretrain-osrt-v4 train.accumulate=32
 #
-# The words are those of `looplm train`; once RUN has begun they do not count, it goes on as it is. Two minutes before the
-# time is up, and when the job has to make room, a checkpoint is written and the job queues again.
+# The arguments are those of `looplm train`. Once RUN has begun they are ignored and the run continues as it is. Two minutes
+# before the time is up, and when the job has to make room, a checkpoint is written and the job queues again.
 #SBATCH --job-name=looplm
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -32,7 +32,7 @@ stop() {
   kill -TERM "$step"  # srun hands it to torchrun, and torchrun to the ranks, which stop after their step
 }
 
-# torchrun waits 30 s for the ranks unless told otherwise, and a checkpoint can take longer
+# torchrun waits 30 s for the ranks by default, and a checkpoint can take longer
 srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
   torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-1}" \
   --rdzv-backend=c10d --rdzv-endpoint="$first:$PORT" --rdzv-id="$SLURM_JOB_ID" --shutdown-timeout=110 \

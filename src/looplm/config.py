@@ -27,7 +27,7 @@ MOST_SCALE = 1e30  # and its inverse: what fp32 holds with room for what it is m
 
 
 class Config(BaseModel):
-    """Base of all configs: frozen, unknown keys refused, defaults checked too."""
+    """Base of all configs: frozen; unknown keys are refused, and defaults are checked too."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 

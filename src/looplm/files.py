@@ -23,7 +23,8 @@ _held_guard = threading.Lock()
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write beside the place and rename into it, once the disk has it all; an OSError leaves what was there before."""
+    """Write under another name and rename once all of it is on the disk; an OSError leaves the file that was there
+    before."""
     temporary = path.with_name(path.name + ".partial")
     try:
         with temporary.open("wb") as file:

@@ -168,7 +168,7 @@ def test_sequences_and_models_that_do_not_fit_are_refused(make_model: Make) -> N
         score_sequences(make_model(), [torch.zeros(65, dtype=torch.long)], n_loops=2, rule=NEVER)
     with pytest.raises(DataError, match="sequence 0 has 0 tokens"):
         score_sequences(make_model(), [torch.zeros(0, dtype=torch.long)], n_loops=2, rule=NEVER)
-    with pytest.raises(ConfigError, match="an exit of its own"):
+    with pytest.raises(ConfigError, match="an exit over several states"):
         score_sequences(make_model("exit.kind=act"), [torch.zeros(3, dtype=torch.long)], n_loops=2, rule=NEVER)
     with pytest.raises(ConfigError, match="backout"):
         score_sequences(make_model("backout=true"), [torch.zeros(3, dtype=torch.long)], n_loops=2, rule=NEVER)

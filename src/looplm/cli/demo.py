@@ -169,7 +169,7 @@ def _train(recipe: str, folder: Path, *, minutes: float, seed: int, label: str) 
     with TrainingProgress(label) as progress:
         result = start_run(config, folder, observers=(progress,))
     if result.interrupted:
-        typer.echo(f"stopped in {folder}; go on with: looplm train --resume {folder}")
+        typer.echo(f"stopped in {folder}; continue with: looplm train --resume {folder}")
         raise KeyboardInterrupt
 
 

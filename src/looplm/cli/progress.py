@@ -1,4 +1,4 @@
-"""What a person sees of a run while it goes on: a bar in a terminal, a line now and then elsewhere."""
+"""What is shown of a run while it trains: a bar in a terminal, a line now and then elsewhere."""
 
 import os
 import sys

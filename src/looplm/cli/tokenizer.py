@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from looplm.data.sample import Sample
 
-app = typer.Typer(help="Tokenizers of one's own.", no_args_is_help=True)
+app = typer.Typer(help="Train tokenizers.", no_args_is_help=True)
 T = TypeVar("T")
 
 # Of datasets for which a figure of GPT-2's tokenizer was published. FineWeb-Edu: 4,991,242 bytes of its validation text
@@ -27,7 +27,7 @@ GPT2_BYTES_PER_TOKEN = {"HuggingFaceFW/fineweb-edu": 4.64, "karpathy/fineweb-edu
 
 @app.callback()
 def tokenizer() -> None:
-    """Tokenizers of one's own."""
+    """Train tokenizers."""
 
 
 @app.command("train")
@@ -87,7 +87,7 @@ def _in_background(work: Callable[[], T]) -> T:
 
 
 def _report(trained: "Tokenizer", sample: "Sample") -> None:
-    """Sources down: bytes read, and how a part of them is compressed, beside GPT-2 where its figure is known."""
+    """Sources down: bytes read, and bytes per token of a part of them, beside GPT-2 where its figure is known."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

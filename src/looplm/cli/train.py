@@ -26,10 +26,10 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Seed of weights, data and plans.", show_default=False)] = None,
     keep: Annotated[int | None, typer.Option(help="Newest checkpoints kept.", show_default="2")] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Continue this run folder in place of starting one.", show_default=False)
+        Path | None, typer.Option(help="Continue this run folder instead of starting a new one.", show_default=False)
     ] = None,
 ) -> None:
-    """Train a model. Ctrl-C saves a checkpoint and says how to go on.
+    """Train a model. Ctrl-C saves a checkpoint and says how to continue.
 
     On several GPUs or machines: torchrun --nproc-per-node N -m looplm train ...
     """
@@ -72,4 +72,4 @@ def train(
     typer.echo(f"ran on {runtime.device}, {runtime.precision}, {'compiled' if runtime.compile else 'eager'}, {threads}")
     typer.echo(f"saved {result.checkpoint}")
     if result.interrupted:
-        typer.echo(f"go on with: looplm train --resume {folder}")
+        typer.echo(f"continue with: looplm train --resume {folder}")

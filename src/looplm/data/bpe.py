@@ -1,4 +1,4 @@
-"""A tokenizer of one's own: byte-level BPE with the tags of Nano-OSRT v4 as single tokens, saved so that Hugging Face
+"""A trained tokenizer: byte-level BPE with the tags of Nano-OSRT v4 as single tokens, saved so that Hugging Face
 reads it. The reasoner's fixed one is `data/tokenizer.py`.
 
 Every byte is a token, so any UTF-8 text is encoded and decoding gives it back exactly. A tag spelled out in a text is
@@ -133,7 +133,7 @@ def check_options(*, vocab_size: int, digits: int = 1, min_frequency: int = 2) -
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write `tokenizer.json` and what Hugging Face wants beside it, each whole or not at all.
+    """Write `tokenizer.json` and the other files that Hugging Face reads, each whole or not at all.
 
     Raises:
         ConfigError: the folder holds a tokenizer, or is none.
@@ -232,7 +232,7 @@ def _piece(digits: int) -> str:
         rf"\p{{N}}{{1,{digits}}}",
         r" ?[^\s\p{L}\p{M}\p{N}]+",
         r"\s*[\r\n]+",
-        r"\s+(?=\s\S)",  # indentation but for the space that goes with a word
+        r"\s+(?=\s\S)",  # indentation, without the space that belongs to the next word
         r"\s+",
     )
     return "|".join(kinds)

@@ -1,5 +1,5 @@
 """Text as its bytes: a file's first nine tenths to learn from, its last tenth held out. Nothing to train or download
-first, and a loss in bits per byte that models with tokenizers of their own can be held against."""
+first, and a loss in bits per byte, which can be compared with models that have a tokenizer."""
 
 import hashlib
 from pathlib import Path
@@ -51,7 +51,7 @@ class BytesSource:
 
     @property
     def n_held_out(self) -> int:
-        """Batches that the windows of the whole part make, the last one perhaps a short one."""
+        """Batches of held-out windows; the last one may be short."""
         return -(-self._n_windows // self.config.n_rows)
 
     @property

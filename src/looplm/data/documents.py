@@ -204,8 +204,8 @@ def record_text(record: Any, *, field: str | None = None) -> str | None:
 
 
 def _python(skipped: Skipped) -> Iterator[str]:
-    """The running Python's standard library: its source, tests and packages installed beside it left out, and the pages
-    of its language reference."""
+    """The running Python's standard library: its source, without tests and installed packages, and the pages of its
+    language reference."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
     for path in sorted(root.rglob("*.py")):

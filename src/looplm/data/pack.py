@@ -1,6 +1,6 @@
 """Packing short documents into rows of one length, each seeing only itself.
 
-Attention is relative (RoPE), so a document needs no positions of its own, only a mask by document number.
+Attention is relative (RoPE), so a document needs no separate positions, only a mask by document number.
 """
 
 from collections.abc import Callable

@@ -1,10 +1,10 @@
 """Training on prepared text (`looplm.data.prepare`): rows cut from the stream of all documents, drawn from all over.
 
-A folder's shards are one stream of tokens, cut into windows of one length without a gap, so that whatever the length
-of its documents no more than one window's tail is left out. Every window is seen once before any is seen again, in an
-order that its epoch's number decides; every phase begins its folders anew, in another order. Folders are mixed by
-weight, exactly: every 1,024 rows hold each folder's share, give or take a row. All of it is a function of the batch's
-number: nothing to store for a resume.
+A folder's shards are one stream of tokens, cut into windows of one length without a gap. Whatever the lengths of its
+documents, at most one window's tail is left out. Every window is seen once before any is seen again, in an order that
+the number of the epoch decides; every phase begins its folders anew, in another order. Folders are mixed by weight:
+every 1,024 rows hold each folder's share, give or take a row. All of it is a function of the batch's number, so there
+is nothing to store for a resume.
 """
 
 import hashlib
@@ -35,14 +35,15 @@ if TYPE_CHECKING:
 BLOCK = 1024  # rows in which every folder has its share
 MOST_FOLDERS = 32
 BUILTIN_VOCAB = 4096
+# the first word of a seed: the order of windows and the mixture of folders are drawn independently
 ORDER_STREAM, MIX_STREAM = 0, 1
 
 
 class PhaseConfig(Config):
-    """A stretch of the training with a mixture and a row length of its own; what is null is as outside the phases."""
+    """A stretch of the training with another mixture or row length; a field that is null is as outside the phases."""
 
     n_batches: PositiveInt | None = None
-    """Micro-batches; null, for the last phase, for all that follow."""
+    """Micro-batches; null in the last phase, which lasts as long as the run."""
     folders: dict[str, PositiveFloat] | None = None
     """Prepared folders with their weights."""
     n_rows: Size | None = None
@@ -64,9 +65,9 @@ class PreparedConfig(Config):
     row_len: Size = 512
     """Tokens of a row."""
     mask_documents: bool = False
-    """Whether tokens see their own document alone."""
+    """Whether tokens see only their own document."""
     phases: list[PhaseConfig] = Field(default_factory=list)
-    """Phases, one after another; none for one that lasts."""
+    """Phases, one after another; empty for a run without phases."""
 
     @field_validator("folders", mode="before")
     @classmethod
@@ -91,7 +92,7 @@ class PreparedConfig(Config):
         return self
 
     def in_full(self) -> "list[Phase]":
-        """The phases with what they leave null filled in."""
+        """The phases, their null fields filled in."""
         return [self._in_full(phase) for phase in self.phases or [PhaseConfig()]]
 
     def _in_full(self, phase: PhaseConfig) -> "Phase":
@@ -128,20 +129,24 @@ class TokenStream:
             )
         self.folder, self.split, self.manifest = folder, split, manifest
         self.shards = [shard for shard in manifest.shards if shard.split == split]
+        # shards are little-endian on every machine
         self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        # (n_shards + 1,): where each shard begins in the stream, and where the last one ends
         self.starts = np.cumsum([0, *(shard.n_tokens for shard in self.shards)])
         for shard in self.shards:
+            # the size only: checksums would read everything, and `looplm data prepare --inspect` tests them
             self._check_size(shard)
 
     @property
     def n_tokens(self) -> int:
-        """Of all shards."""
+        """Tokens of all shards."""
         return int(self.starts[-1])
 
     @cached_property
     def ends(self) -> NDArray[np.int64]:
         """Where each document ends, its end-of-text token included."""
         parts = zip(self.shards, self.starts, strict=False)
+        # a file counts from the beginning of its shard, the stream from that of the first
         loaded = [self._ends_of(shard) + start for shard, start in parts]
         return np.concatenate(loaded) if loaded else np.zeros(0, dtype=np.int64)
 
@@ -158,6 +163,7 @@ class TokenStream:
     def read(self, start: int, length: int) -> NDArray[np.int64]:
         """Tokens `start` up to `start + length` of the stream."""
         found: list[NDArray[Any]] = []
+        # the last shard that begins at or before `start`; a window may run on into the next ones
         shard_idx = int(np.searchsorted(self.starts, start, side="right")) - 1
         while length:
             at = start - int(self.starts[shard_idx])
@@ -171,6 +177,7 @@ class TokenStream:
         return {name: value for name, value in vars(self).items() if name not in ("ends", "_open")}
 
     def _tokens(self, shard_idx: int) -> NDArray[Any]:
+        # opened at the first read, so that a process maps only the shards that it reads
         opened = self.__dict__.setdefault("_open", {})
         if shard_idx not in opened:
             opened[shard_idx] = np.memmap(self.folder / self.shards[shard_idx].name, dtype=self.dtype, mode="r")
@@ -198,6 +205,7 @@ class PreparedSource:
         self._check()
         first = next(iter(self.streams.values())).manifest
         self.vocab_size, self.end_id = first.vocab_size, first.end_id
+        # text that has changed since has another fingerprint, and a resume is refused
         sums = [shard.sha256 for stream in self.streams.values() for shard in stream.shards]
         self.fingerprint = hashlib.sha256("".join(sums).encode()).hexdigest()
 
@@ -213,7 +221,7 @@ class PreparedSource:
 
     @property
     def n_held_out(self) -> int:
-        """Held-out batches, the last one perhaps a short one."""
+        """Held-out batches; the last one may be short."""
         return -(-len(self._held_out_rows) // self.phases[-1].n_rows)
 
     def batch(self, index: int) -> "Batch":
@@ -240,9 +248,12 @@ class PreparedSource:
         phase = self.phases[phase_idx]
         names = sorted(phase.folders)
         weights = tuple(phase.folders[name] for name in names)
+        # the folder that this row is of, and the row's number among all rows of that folder
         which, numbers = mixture_block(weights, row // BLOCK, seed=(self.seed, phase_idx))
         name, number = names[which[row % BLOCK]], int(numbers[row % BLOCK])
+        # a window is row_len inputs and the target of the last one, which is the next window's first input
         n_windows = (self.streams[name].n_tokens - 1) // phase.row_len
+        # every epoch of a folder has another order, by the number of the epoch in the seed
         epoch, number = divmod(number, n_windows)
         return name, shuffled(number, n_windows, seed=(self.seed, phase_idx, which[row % BLOCK], epoch))
 
@@ -252,12 +263,14 @@ class PreparedSource:
         from looplm.data.pack import IGNORE, Batch
 
         row_len = phase.row_len
+        # (n_rows, row_len + 1): targets are the inputs moved by one token
         windows = np.stack([self.streams[name].read(number * row_len, row_len + 1) for name, number in rows])
         ids, targets = windows[:, :-1], windows[:, 1:].copy()
         if not self.config.mask_documents:
             return Batch(torch.from_numpy(ids.copy()), torch.from_numpy(targets))
         documents = np.zeros(ids.shape, dtype=np.int32)
         for row, (name, number) in enumerate(rows):
+            # a token's document is the number of documents that end at or before it
             places = number * row_len + np.arange(row_len)
             documents[row] = np.searchsorted(self.streams[name].ends, places, side="right")
         documents -= documents[:, :1] - 1  # 0 is padding, and numbers stay small
@@ -269,7 +282,7 @@ class PreparedSource:
         phase = self.phases[-1]
         lengths = {name: self.streams[name].n_tokens for name in sorted(phase.folders)}
         rows = [(name, number) for name, length in lengths.items() for number in range((length - 1) // phase.row_len)]
-        # so that however few are scored, all folders are among them
+        # in a fixed random order, so that all folders are among the first few rows
         return [rows[index] for index in np.random.default_rng(ORDER_STREAM).permutation(len(rows))]
 
     def _check(self) -> None:
@@ -308,15 +321,17 @@ def mixture_block(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Which source each of the BLOCK rows of a block has, and the number of that row among all of its source."""
     shares = np.array(weights) / sum(weights)
-    rest = int(shares.argmax())  # takes what rounding leaves
+    rest = int(shares.argmax())  # this folder takes the rows that rounding leaves over
 
     def n_before(block: int) -> NDArray[np.int64]:
         counts = np.floor(block * BLOCK * shares).astype(np.int64)
         counts[rest] += block * BLOCK - counts.sum()
         return counts
 
+    # from exact counts up to both ends of the block: rounding never adds up over blocks
     before, after = n_before(block), n_before(block + 1)
     which = np.repeat(np.arange(len(shares)), after - before)
+    # shuffled within the block, so that folders alternate
     which = np.random.default_rng([MIX_STREAM, *seed, block]).permutation(which)
     numbers = np.zeros(BLOCK, dtype=np.int64)
     for source in range(len(shares)):
@@ -326,14 +341,17 @@ def mixture_block(
 
 
 def shuffled(number: int, n: int, *, seed: tuple[int, ...]) -> int:
-    """Place of `number` in an order of 0 to n - 1 that needs no memory: a few rounds of a Feistel network, walked until
-    it falls inside (Black and Rogaway, 2002)."""
+    """Position of `number` in a random order of 0 to n - 1 that needs no memory: a Feistel network, applied again until
+    its result is below n (Black and Rogaway, 2002)."""
+    # two halves of equally many bits hold at most 4 n numbers: 4 walks on average at the most
     half = max(1, (n - 1).bit_length() + 1 >> 1)
     mask = (1 << half) - 1
+    # a Feistel round can be undone whatever its mixing does, so all rounds together are a permutation
     keys = _round_keys(seed)
     while True:
         left, right = number >> half, number & mask
         for key in keys:
+            # the multipliers of splitmix64, in 64-bit arithmetic
             mixed = (right * 0x9E3779B97F4A7C15 + key) & 0xFFFFFFFFFFFFFFFF
             mixed = ((mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
             left, right = right, left ^ ((mixed >> 32) & mask)
@@ -360,6 +378,7 @@ def builtin_python() -> Path:
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
+    # made beside its place and renamed: a process that is stopped leaves nothing that looks prepared
     made = Path(tempfile.mkdtemp(dir=cache))
     try:
         tokenizer = train_bpe(read_documents(BUILTIN_PYTHON), vocab_size=BUILTIN_VOCAB)

@@ -73,8 +73,8 @@ class Sample:
         self._field = field
 
     def texts(self, observe: Callable[[int], None] | None = None) -> Iterator[str]:
-        """What to learn from, once; `observe` is told the bytes of each piece read. Always the source that has given
-        least goes on: what a small one leaves of its share, the others take."""
+        """The texts to learn from, once; `observe` is called with the bytes of each piece read. The next piece is
+        always of the source that has given least, so the others take what a small source leaves of its share."""
         pieces = {source: source.pieces(field=self._field, skipped=self.skipped) for source in self.sources}
         left = self.n_bytes
         while pieces and left > 0:

@@ -22,7 +22,7 @@ class Source(Protocol):
     """Batches by number."""
 
     fingerprint: str
-    """What has to be the same for a run to go on as it would have; empty for what is made up as it goes."""
+    """Must be the same when a run is resumed; empty for a source that makes its data up."""
 
     def batch(self, index: int) -> Batch:
         """Micro-batch number `index`."""
@@ -66,8 +66,8 @@ class PermutationsConfig(Config):
     n_ramp: NonNegativeInt = 1000
     """Batches over which the longest length drawn grows from min_len to max_len."""
     gate: Number | None = Field(default=None, gt=0, le=1)
-    """In place of n_ramp: the longest length grows by one whenever this share of the tokens of such sequences is right;
-    null for the ramp."""
+    """Instead of n_ramp: the longest length grows by one whenever this share of the tokens of the longest sequences is
+    right; null for the ramp."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "PermutationsConfig":
@@ -81,7 +81,7 @@ TextSource = BytesSource | PreparedSource
 
 
 class _HasData(Config):
-    """A run's config, of which only the data is read."""
+    """A run's config, of which only `data` is read."""
 
     data: DataConfig
     """What it learns from."""
@@ -93,7 +93,7 @@ def parse_data(data: Mapping[str, Any], *, source: str) -> DataConfig:
 
 
 class ReasoningSource:
-    """Fresh training questions for ever; test questions are drawn again. With `held_out` the other way round."""
+    """Fresh training questions for ever; a held-out question is drawn again. With `held_out`, only held-out ones."""
 
     fingerprint = ""
 
@@ -108,7 +108,7 @@ class ReasoningSource:
         return pack(lambda: self.draw(rng), n_rows=self.config.n_rows, row_len=self.config.row_len, pad_id=PAD_ID)
 
     def draw(self, rng: random.Random) -> Document:
-        """One question of the source's side with its worked solution."""
+        """One question, held out or not as the source is, with its worked solution."""
         names, weights = list(self.config.weights), list(self.config.weights.values())
         while True:
             task = REASONING[rng.choices(names, weights)[0]]
@@ -129,11 +129,11 @@ class PermutationsSource:
         self.config = config
         self.seed = seed
         self.level = 0
-        """How often the longest length has grown, where it is gated."""
+        """How often the longest length has grown, if it is gated."""
 
     @property
     def n_levels(self) -> int:
-        """How often it can grow."""
+        """How often the longest length can grow."""
         return self.config.max_len - self.config.min_len
 
     def batch(self, index: int) -> Batch:
@@ -145,7 +145,7 @@ class PermutationsSource:
         return self._sequences(rng, length)
 
     def trial(self, index: int) -> Batch:
-        """Sequences of the longest length so far, others than those of batch number `index`."""
+        """Sequences of the longest length so far, different from those of batch number `index`."""
         return self._sequences(np.random.default_rng([self.seed, index, 1]), self.config.min_len + self.level)
 
     def _sequences(self, rng: np.random.Generator, length: int) -> Batch:

@@ -1,4 +1,4 @@
-"""The reasoner's tokenizer: byte-level BPE with every digit and every punctuation mark a token of its own.
+"""The reasoner's tokenizer: byte-level BPE in which every digit and every punctuation mark is one token.
 
 Words of the suite are single tokens; any other UTF-8 text falls back to bytes, so no question is refused.
 """

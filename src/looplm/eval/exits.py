@@ -1,4 +1,4 @@
-"""What stopping early costs and saves, and the threshold that keeps a promise: calibration on held-out sequences.
+"""What stopping early costs and saves, and calibration: the threshold that keeps a stated loss on held-out sequences.
 
 The promise is about sequences that full depth gets right and the rule gets wrong (`broken`): accuracy cannot fall by
 more than their share. Thresholds are tried from the strictest on, each against the exact one-sided bound on that share,

@@ -57,7 +57,7 @@ HISTORY = {  # panels of a run's page: what they are called, and the numbers dra
 
 
 def history_plot(records: Sequence[Record]) -> bytes:
-    """A run's numbers over steps, a panel each, those that it has."""
+    """A run's numbers over steps, a panel each; numbers that it has not logged are left out."""
     import matplotlib.pyplot as plt
 
     found = {

@@ -45,7 +45,7 @@ class Result:
 
     @property
     def mean_accuracy(self) -> float:
-        """Mean over the answer tasks; cot_format stands beside it, not in it."""
+        """Mean over the answer tasks, without cot_format."""
         values = [score.accuracy for task, score in self.scores.items() if task != FORMAT_TASK]
         return sum(values) / len(values)
 

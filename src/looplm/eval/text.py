@@ -9,10 +9,10 @@ from looplm.infer.completer import Completer, Subwords, Utf8
 
 
 def as_completer(loaded: LoadedRun, *, run: str | Path) -> Completer:
-    """A loaded run as what goes on with texts, with the tokenizer that is kept in its folder.
+    """A loaded run that continues texts, with the tokenizer of its folder.
 
     Raises:
-        CheckpointError: text is not what it was trained on.
+        CheckpointError: the run was not trained on text.
     """
     kind = loaded.config.get("data", {}).get("kind")
     if kind == "bytes":

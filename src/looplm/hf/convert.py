@@ -1,4 +1,4 @@
-"""Import and export of other systems' weights, tensor by tensor, nothing lost and nothing made up."""
+"""Import and export of other systems' weights, tensor by tensor."""
 
 import logging
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""nanochat (spec page nanochat): a plain GPT; its rotation by -angle is taken in by swapping the halves of q and k."""
+"""nanochat (spec page nanochat): a plain GPT; its rotation by -angle becomes ours by swapping the halves of q and k."""
 
 import math
 from collections.abc import Mapping

@@ -18,7 +18,8 @@ def _same(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 @dataclass(frozen=True)
 class Rule:
-    """These tensors of ours are those of theirs; `load` makes ours of theirs, `dump` the other way."""
+    """Some tensors of ours and the tensors of theirs with the same numbers; `load` makes ours of theirs, `dump` the
+    reverse."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
@@ -52,13 +53,13 @@ def split(ours: Sequence[str], theirs: str) -> Rule:
 
 
 def scalar(ours: str, theirs: str) -> Rule:
-    """A tensor of one entry that is theirs without an axis."""
+    """A tensor of one entry, which is 0-d in theirs."""
     return Rule((ours,), (theirs,), lambda parts: [parts[0].reshape(1)], lambda parts: [parts[0].reshape(())])
 
 
 def halves_swapped(ours: str, theirs: str, *, head_dim: int) -> Rule:
-    """A projection whose heads keep their two halves the other way round: what turns a rotation by -angle into one by
-    angle under half-split RoPE."""
+    """A projection whose heads have their two halves swapped, which turns a rotation by -angle into one by angle under
+    half-split RoPE."""
 
     def swap(parts: Sequence[Tensor]) -> Sequence[Tensor]:
         weight = parts[0]

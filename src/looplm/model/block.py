@@ -22,14 +22,14 @@ AttentionConfig = Annotated[GQAConfig | MLAConfig, Field(discriminator="kind")]
 
 
 class AdapterConfig(Config):
-    """x + scale * (x a) b before the layer, with a pair (a, b) of its own for every loop (Nano-OSRT)."""
+    """x + scale * (x a) b before the layer, with another pair (a, b) for every loop (Nano-OSRT)."""
 
     rank: Size
     """Inner width."""
     scale: Scale = 1.0
     """Factor of the product."""
     n_loops: Loops
-    """Loops with a pair of their own; later ones use the last."""
+    """Loops that have a pair; later loops use the last pair."""
 
 
 class BlockConfig(Config):
@@ -61,7 +61,7 @@ class StreamScales(nn.Module):
     def __init__(self, place: Place) -> None:
         super().__init__()
         self.depth = place.layer_idx / max(1, place.n_layers - 1)
-        self.stream = nn.Parameter(torch.empty(1))  # FSDP takes no 0-d ones
+        self.stream = nn.Parameter(torch.empty(1))  # one entry: FSDP takes no 0-d parameter
         self.first = nn.Parameter(torch.empty(1))
         self.reset()
 
@@ -144,7 +144,7 @@ def run_layers(layers: nn.ModuleList, x: Tensor, *, inputs: LayerInputs, slots: 
     """Apply layers in order, each with its cache slot."""
     for number, layer in enumerate(layers):
         assert isinstance(layer, Block)
-        # a list of its own per layer: compiled code asks how long a list is before it appends
+        # a new list per layer: compiled code checks the length of a list before it appends, and would be compiled again
         beside = None if inputs.asides is None else Asides()
         x = layer(x, replace(inputs, asides=beside), None if slots is None else slots[number])
         inputs.streams[layer.place.layer_idx] = x

@@ -1,10 +1,10 @@
 """Preallocated key/value cache: one pair of tensors per slot, a slot per (loop_idx, layer_idx).
 
-Each row of the batch has its own length, kept by the caller: keys beyond a row's length are never attended to, because
-attention masks by position. That is what lets prompts of different lengths share a batch without padding on the left.
+Each row of the batch has its own length, kept by the caller. Keys beyond a row's length are never attended to, because
+attention masks by position; so prompts of different lengths share a batch without padding on the left.
 
-Tokens whose result was settled before the last loop stay behind: the keys of the deeper loops are computed when a later
-token runs those loops and needs them, from the state in which they were left, or never.
+Tokens whose output was settled before the last loop are deferred: their state is kept, and their keys of the deeper
+loops are computed from it if a later token runs these loops and needs them.
 """
 
 from collections import defaultdict
@@ -33,7 +33,7 @@ class Slot:
             kept.index_put_((rows, heads, positions[:, None]), new.to(kept.dtype))  # compiled, a scatter copies it all
 
     def read(self, n_keys: int | None) -> tuple[Tensor, Tensor]:
-        """Both tensors up to place n_keys."""
+        """Both tensors up to position n_keys."""
         return self.keys[:, :, :n_keys], self.values[:, :, :n_keys]
 
     def _rows(self, positions: Tensor) -> Tensor:
@@ -56,7 +56,8 @@ class SlotRows(Slot):
 
 @dataclass
 class Behind:
-    """Tokens as they stood before a loop that they have not run, and what that loop takes, each (B, T) or (B, T, D)."""
+    """Deferred tokens: their state before a loop that they have not run, and what else that loop takes, each (B, T) or
+    (B, T, D)."""
 
     ids: Tensor
     positions: Tensor
@@ -75,19 +76,20 @@ class Behind:
 
 
 def left_behind(inputs: LayerInputs, entry: Tensor, state: Tensor) -> Behind:
-    """The tokens of a cached forward as they stand now."""
+    """The tokens of a cached forward, deferred with their state as it is now."""
     assert inputs.positions is not None
     assert inputs.first is not None
     return Behind(inputs.ids, inputs.positions, inputs.first, entry, state)
 
 
 def side_by_side(groups: Sequence[Behind]) -> Behind:
-    """As one, in their order."""
+    """All groups as one, in their order."""
     return Behind(*(torch.cat([getattr(group, field.name) for group in groups], dim=1) for field in fields(Behind)))
 
 
 def live(tokens: Behind, *, scratch: int) -> Behind:
-    """Those not at position `scratch`, in their order, as far as rows of one width allow."""
+    """The tokens that are not at position `scratch`, in their order. Rows stay equally wide: the row with most such
+    tokens decides."""
     is_gone = tokens.positions == scratch
     n_live = int((~is_gone).sum(1).max())
     order = is_gone.to(torch.int8).argsort(dim=1, stable=True)[:, :n_live]
@@ -96,8 +98,8 @@ def live(tokens: Behind, *, scratch: int) -> Behind:
 
 
 def join(groups: Sequence[Behind], *, scratch: int) -> Behind:
-    """Side by side, the newest last. Padding after a short prompt has the position of a token that came later: it is
-    sent to the position `scratch`, which nobody reads."""
+    """All groups side by side, the newest last. Padding after a short prompt has the position of a token that came
+    later. It is moved to the position `scratch`, which no query reads."""
     joint = side_by_side(groups)
     number = torch.arange(joint.positions.shape[1], device=joint.positions.device).expand_as(joint.positions)
     newest = number.new_zeros(len(number), scratch + 1).scatter_reduce(1, joint.positions, number, "amax")
@@ -106,22 +108,23 @@ def join(groups: Sequence[Behind], *, scratch: int) -> Behind:
 
 
 class KVCache:
-    """All slots of one batch, each with one place more than `capacity`: `scratch`."""
+    """All slots of one batch, each with one position beyond `capacity`: `scratch`."""
 
     def __init__(self, slots: list[Slot], *, capacity: int) -> None:
         self.slots, self.capacity = slots, capacity
         self.behind: defaultdict[int, list[Behind]] = defaultdict(list)  # by the loop that they have not run
 
     def take_rows(self, rows: Tensor) -> None:
-        """These rows of the batch, in this order, once each or often: those left out stop costing anything."""
+        """Keep these rows of the batch, in this order; a row may occur more than once. Rows left out cost nothing
+        more."""
         for slot in self.slots:
             slot.keys, slot.values = slot.keys[rows], slot.values[rows]
         for groups in self.behind.values():
             groups[:] = [group.each(lambda tensor: tensor[rows]) for group in groups]
 
     def put(self, rows: Tensor, new: "KVCache", *, n_keys: int) -> None:
-        """The first `n_keys` places of `new` in place of what these rows hold there, in place. What they hold beyond
-        stays: no query looks there before its text has come so far and written over it."""
+        """Write the first `n_keys` positions of `new` into these rows. What the rows hold beyond stays: no query reads
+        it before its own sequence has written over it."""
         for slot, other in zip(self.slots, new.slots, strict=True):
             slot.keys[rows, :, :n_keys] = other.keys[:, :, :n_keys]
             slot.values[rows, :, :n_keys] = other.values[:, :, :n_keys]
@@ -129,7 +132,7 @@ class KVCache:
         for loop_idx in {*self.behind, *new.behind}:
             groups = self.behind[loop_idx]
             for group in groups:
-                group.positions = group.positions.index_fill(0, rows, self.capacity)  # `scratch`: those texts are gone
+                group.positions = group.positions.index_fill(0, rows, self.capacity)  # their sequences ended
             for group in new.behind.get(loop_idx, []):
                 wide = group.each(lambda tensor: tensor.new_zeros(n_rows, *tensor.shape[1:]))
                 wide.positions.fill_(self.capacity)

@@ -1,4 +1,4 @@
-"""What torch.compile needs of the machine, and what its code checks before each call."""
+"""What torch.compile needs on the machine, and what compiled code checks before each call."""
 
 import os
 import shutil
@@ -38,16 +38,16 @@ def uncompiled() -> Iterator[None]:
 
 
 def only_arguments(guards: Sequence[Any]) -> list[bool]:
-    """Which of its guards compiled code checks at each call: of arguments, not of the model and the library, which stay
-    as they are while it decodes. Checking those took a quarter of a small model's time."""
+    """Which guards compiled code checks at each call: those of arguments. The model and the library stay as they are
+    while it decodes, and checking them took a quarter of a small model's time."""
     of_model = torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards)
     return [keep and not guard.is_global for keep, guard in zip(of_model, guards, strict=True)]
 
 
 def compile_graph(part: nn.Module, arguments: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
-    """A part's forward of tensors, for inference: tensors like these arguments go straight into compiled code that was
-    made for their shapes and layouts, and is not asked whether they fit."""
-    from torch import _inductor  # adds most of what importing torch takes, and only this needs it
+    """A part's forward of tensors, compiled for inference. The result is for tensors of the shapes and layouts of
+    `arguments`, and does not check them."""
+    from torch import _inductor  # takes nearly as long as importing torch, and only this function needs it
 
     with torch.inference_mode(False), torch.no_grad():
         like = [torch.empty_like(argument) for argument in arguments]

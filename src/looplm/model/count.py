@@ -18,13 +18,13 @@ class Count:
     parameters: int
     """Numbers stored, tied ones once."""
     embedding: int
-    """Those in the embedding and an untied head."""
+    """Parameters of the embedding and of an untied head."""
     core: int
-    """Those inside the loop."""
+    """Parameters inside the loop."""
     active: int
     """Numbers one token uses: all but the experts it is not sent to."""
     unrolled: int
-    """Active ones with the core once per loop: what a plain stack of the same compute would store."""
+    """Active parameters with the core counted once per loop: what a plain stack of the same compute would store."""
     n_loops: int
     flops_per_token: int
     """Forward FLOPs per token at a context of seq_len / 2, the mean of a full causal sequence."""
@@ -33,7 +33,7 @@ class Count:
     kv_numbers_per_token: int
     """Numbers a cache keeps per token, over all slots."""
     kv_numbers_per_layer: int
-    """Those of one slot."""
+    """Numbers that one slot keeps per token."""
 
 
 def count(config: ModelConfig, *, n_loops: int | None = None) -> Count:
@@ -112,7 +112,8 @@ def _idle(module: nn.Module) -> int:
 
 
 def _matrices(module: nn.Module | None) -> int:
-    """Multiply-adds per token: every matrix that a token is multiplied with, an embedding's rows being looked up."""
+    """Multiply-adds per token: the entries of every matrix that a token is multiplied with. Embeddings are looked
+    up."""
     if module is None:
         return 0
     tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}

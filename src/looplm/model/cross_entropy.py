@@ -18,7 +18,7 @@ NOT_SCORED = -100  # torch's own mark of a target that is not scored
 
 
 class LossChunk:
-    """Of one chunk of rows: summed loss times `scale`, and its gradient (rows, V) by the raw logits."""
+    """For one chunk of rows: the summed loss times `scale`, and its gradient (rows, V) by the raw logits."""
 
     def __init__(self, *, compiled: bool = False) -> None:
         self.tanh, self.score = _tanh, _score
@@ -47,7 +47,7 @@ def _score(
 ) -> tuple[Tensor, Tensor]:
     """Loss and gradient for logits, or with a softcap for their tanh."""
     logits = shaped.float() if softcap is None else softcap * shaped
-    # bounded logits need no maximum to be looked for
+    # the maximum of bounded logits need not be searched
     top = softcap if softcap is not None and softcap <= LARGEST_BOUND else logits.amax(-1, keepdim=True)
     weights = (logits - top).exp()
     total = weights.sum(-1, keepdim=True)

@@ -35,7 +35,7 @@ class ReLU2Config(Config):
 
 
 class ParallelConfig(Config):
-    """dense_gate * swiglu(norm(x)) + moe_gate * moe(norm(x)), each branch with a norm and a scalar of its own."""
+    """dense_gate * swiglu(norm(x)) + moe_gate * moe(norm(x)), each branch with its own norm and scalar."""
 
     kind: Literal["parallel"] = "parallel"
     d_ff: Size
@@ -85,7 +85,7 @@ class Parallel(nn.Module):
         self.moe_norm = RMSNorm(d_model, eps=norm_eps, has_weight=norm_weight)
         self.moe = MoE(d_model, config.moe, linear, layer_idx=layer_idx)
         self.gate_init = config.gate_init
-        self.dense_gate = nn.Parameter(torch.empty(1))  # FSDP takes no 0-d ones
+        self.dense_gate = nn.Parameter(torch.empty(1))  # one entry: FSDP takes no 0-d parameter
         self.moe_gate = nn.Parameter(torch.empty(1))
         self.reset()
 
@@ -102,7 +102,7 @@ class Parallel(nn.Module):
 def make_ffn(
     d_model: int, config: FFNConfig, linear: LinearConfig, *, layer_idx: int, norm_eps: float, norm_weight: bool
 ) -> tuple[nn.Module, nn.Module]:
-    """(norm, part): the feed-forward that `config` names and what its input goes through first."""
+    """(norm, part): the feed-forward that `config` names, and the norm before it."""
     if isinstance(config, ParallelConfig):
         part = Parallel(d_model, config, linear, layer_idx=layer_idx, norm_eps=norm_eps, norm_weight=norm_weight)
         return nn.Identity(), part

@@ -1,7 +1,7 @@
-"""Products of rows with the matrix of the group they are in, forward and backward, and the moves around them.
+"""Products of rows with the matrix of their group, forward and backward, and the gathers before and after them.
 
-All are `F.grouped_mm`. In bf16 a CPU pays milliseconds for every number of rows that is new, because oneDNN writes a
-kernel for it, and groups have new sizes at every step: there the products are in the weights' own type.
+All are `F.grouped_mm`. In bf16 a CPU pays milliseconds for every new number of rows, because oneDNN writes a kernel for
+it, and groups have new sizes at every step. So on a CPU the products run in the weights' own type.
 Shapes: N rows sorted by group, E groups, `ends` (E,) running counts.
 """
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BYTES = 16  # a row must be a multiple of, for F.grouped_mm
+BYTES = 16  # F.grouped_mm takes rows whose size is a multiple of this
 
 
 def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -20,6 +20,7 @@ def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         return grouped_on_gpu(x, weight, ends)
     x = x.to(weight.dtype)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        # a custom op, for its gradient and because a compiler must not look inside; else a direct call will do
         product: Tensor = grouped_on_cpu(x, weight, ends)
         return product
     return _product(x, weight, ends)
@@ -39,6 +40,7 @@ class _GroupedOnGPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
+        # the gradient goes back in the type that x came in, fp32 under autocast
         ctx.x_dtype = x.dtype
         x = x.to(dtype)
         ctx.save_for_backward(x, weight, ends)
@@ -48,6 +50,7 @@ class _GroupedOnGPU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, ends = ctx.saved_tensors
         grad = grad.to(x.dtype)
+        # y_n = x_n W_e for the rows n of group e, so dx_n = dy_n W_e^T and dW_e = x_e^T dy_e
         to_x = F.grouped_mm(grad, weight.to(x.dtype).mT, offs=ends)
         to_weight = F.grouped_mm(x.mT, grad, offs=ends)
         return to_x.to(ctx.x_dtype), to_weight.to(weight.dtype), None, None
@@ -63,12 +66,15 @@ def grouped_on_cpu(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def grouped_outer_on_cpu(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     """x_e^T y_e of the rows of every group, (E, d_in, d_out) for x (N, d_in) and y (N, d_out)."""
     with torch.autocast("cpu", enabled=False):
+        # autocast off: in bf16 oneDNN would write a kernel for every new size (top of the file)
+        # contiguous: rows and gradients may be views with strides that F.grouped_mm refuses
         outer = F.grouped_mm(_padded(x.contiguous(), 1).mT, _padded(y.contiguous(), 1), offs=ends)
     return outer[:, : x.shape[1], : y.shape[1]].contiguous()
 
 
 @grouped_on_cpu.register_fake
 def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    # shapes alone, for torch.compile and for tensors without memory
     return x.new_empty(x.shape[0], weight.shape[2])
 
 
@@ -91,6 +97,7 @@ grouped_on_cpu.register_autograd(_backward, setup_context=_save)
 
 def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     with torch.autocast("cpu", enabled=False):
+        # padded to widths that F.grouped_mm takes; the zeros add nothing, and their columns are cut off again
         product = F.grouped_mm(_padded(x.contiguous(), 1), _padded(weight, 2), offs=ends)
     return product[:, : weight.shape[2]].contiguous()
 
@@ -98,6 +105,7 @@ def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def _padded(x: Tensor, n_dims: int) -> Tensor:
     """With zeros at the end of the last dimensions, as far as F.grouped_mm asks for."""
     multiple = BYTES // x.element_size()
+    # F.pad takes a (begin, end) pair for each dimension, the last one first
     short = [-n % multiple for n in x.shape[: -n_dims - 1 : -1]]
     return F.pad(x, [end for n in short for end in (0, n)]) if any(short) else x
 
@@ -114,6 +122,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         _, inverse = ctx.saved_tensors
+        # (N k, D) by group, back to (N, k, D) by token: a gather and a sum, faster than index_add
         return grad.index_select(0, inverse).unflatten(0, (-1, ctx.k)).sum(1), None, None, None
 
 

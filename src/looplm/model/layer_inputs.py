@@ -1,4 +1,5 @@
-"""What every layer of one forward shares: tables, masks and places, computed once and used by all layers in all loops.
+"""What every layer of one forward shares: tables, masks and positions, computed once and used by all layers in all
+loops.
 
 Shapes: B batch, T tokens, S keys, K head width.
 """
@@ -24,21 +25,21 @@ def has_amx() -> bool:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer stands: counted over all layers with weights of their own, prelude first."""
+    """Where a layer stands among all layers with weights, prelude first; a looped layer counts once."""
 
     layer_idx: int
     n_layers: int
     n_embeddings: int
-    """Rows of the token embedding, for parts with a table of their own."""
+    """Rows of the token embedding, for parts that have a table by token id."""
 
 
 @dataclass
 class Mask:
-    """Who sees whom, for one window width."""
+    """Which keys each query sees, for one window width."""
 
     seen: Tensor | None  # (1 or B, 1, T, S), True where a key is seen; None means plain causal over T
     bias: Tensor | None = None  # (1 or B, 1, T, S), 0 where a key is seen, -1e30 elsewhere: scores are written out
-    in_blocks: bool = False  # and that in blocks of queries, without the keys that causality rules out
+    in_blocks: bool = False  # written out in blocks of queries, without the keys that causality rules out
 
     def rows(self, index: Tensor) -> "Mask":
         """The mask of some rows of the batch."""
@@ -48,13 +49,14 @@ class Mask:
 
 @dataclass
 class Asides:
-    """What the parts say beside their output. Only training asks: who hands one in gets losses, loads and capacity."""
+    """Auxiliary outputs of the parts. Only training and its probes hand one in: then parts append to it, and experts
+    have a capacity."""
 
-    losses: list[Tensor] = field(default_factory=list)  # losses of their own, weighted
+    losses: list[Tensor] = field(default_factory=list)  # auxiliary losses of the parts, weighted
     loads: list[tuple[int, Tensor]] = field(default_factory=list)  # (layer_idx, tokens per expert (E,)) of router calls
 
     def extend(self, other: "Asides") -> None:
-        """Take in what another one holds."""
+        """Append all that another one holds."""
         self.losses.extend(other.losses)
         self.loads.extend(other.loads)
 
@@ -70,12 +72,12 @@ class LayerInputs:
     loop_idx: Tensor  # 0-d int64: a tensor, so that compiled layers serve every loop
     positions: Tensor | None = None  # (B, T), with a cache only
     n_keys: int | None = None  # keys of the cache that any row can see, with a cache only
-    asides: Asides | None = None  # where parts put what they say beside their output; None where nobody asks
+    asides: Asides | None = None  # takes the parts' auxiliary outputs; None outside training
     first: Tensor | None = None  # (B, T, D), the stream as it entered the first layer
     streams: dict[int, Tensor] = field(default_factory=dict)  # the stream after each layer so far, by layer_idx
 
     def rows(self, index: Tensor) -> "LayerInputs":
-        """What the layers share of some rows of the batch; no cache, and streams of their own."""
+        """The same for some rows of the batch, without a cache; `streams` begins empty."""
         assert self.positions is None
         return replace(
             self,
@@ -89,7 +91,7 @@ class LayerInputs:
 
 
 def _rows(shared: Tensor, index: Tensor) -> Tensor:
-    """Rows of a tensor (1 or B, ...): one that all rows share is as it is."""
+    """Rows of a tensor (1 or B, ...); a tensor that all rows share stays as it is."""
     return shared if len(shared) == 1 else shared.index_select(0, index)
 
 

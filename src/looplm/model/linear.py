@@ -44,7 +44,7 @@ class Linear(nn.Linear):
     """y = x W^T for x (..., d_in), with no bias."""
 
     for_many_rows = False
-    """Whether what is not trained computes W x^T for some dozens of rows."""
+    """Whether a forward without gradient computes W x^T for some dozens of rows."""
 
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__(d_in, d_out, bias=False)
@@ -93,19 +93,20 @@ def make_linear(config: FullConfig | LowRankConfig | HRAConfig, d_in: int, d_out
 
 
 def together(x: Tensor, *maps: nn.Module) -> tuple[Tensor, ...]:
-    """What each of several linear maps makes of x: by one product where `join_weights` has put them side by side."""
+    """The results of several linear maps of x, by one product where `join_weights` has put their weights side by
+    side."""
     joined = getattr(maps[0], "joined", None)
-    if joined is None or torch.is_grad_enabled():  # a product with `joined` would give the weights no gradient
+    if joined is None or torch.is_grad_enabled():  # through `joined` the weights would get no gradient
         return tuple(part(x) for part in maps)
     return (x @ joined).split([part.out_features for part in maps if isinstance(part, nn.Linear)], dim=-1)
 
 
 def join_weights(*maps: nn.Module) -> None:
-    """Lay the weights of linear maps of one input out for products of few rows: by column, side by side. Their values
-    and the names they are saved under stay, and what is loaded into them in place is seen by `together`."""
+    """Lay out the weights of linear maps of one input for products of few rows: by column, side by side. Their values
+    and the names they are saved under stay, and `together` sees what is loaded into them in place."""
     linears = [part for part in maps if isinstance(part, nn.Linear)]
     if len(linears) < len(maps):
-        return  # low-rank pairs have a product of their own in between
+        return  # a low-rank pair has another product in between
     joined = torch.cat([part.weight.data.t() for part in linears], dim=1)
     start = 0
     for part in linears:

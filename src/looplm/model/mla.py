@@ -129,7 +129,7 @@ class MLA(nn.Module):
         assert mask.seen is not None
         up = self.kv_up.weight.to(q_nope.dtype).view(config.n_heads, -1, config.kv_rank)
         up_key, up_value = up.split((config.nope_dim, config.v_dim), dim=1)  # (H, N, R), (H, V, R)
-        # heads first: with the batch first, matmul copies the matrices once per row of the batch
+        # heads first: with the batch first, matmul would copy the matrices for every row of the batch
         q_latent = q_nope.transpose(0, 1).flatten(1, 2) @ up_key  # (H, B * T, R)
         q_latent = q_latent.unflatten(1, (-1, n_tokens)).transpose(0, 1).flatten(1, 2)  # (B, H * T, R)
         scores = q_latent @ latent.mT + q_rope.flatten(1, 2) @ key.mT  # (B, H * T, S)

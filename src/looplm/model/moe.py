@@ -21,8 +21,11 @@ from looplm.model.layer_inputs import LayerInputs
 from looplm.model.linear import HRAConfig, LinearConfig, LowRankConfig
 from looplm.model.swiglu import SwiGLU
 
-FEW_TOKENS = 32  # up to which inference may put every token through every expert
-FEW_CHOICES = 8  # up to which inference reads a matrix per choice; compiled, where a CPU copies none, one per expert
+# Tokens up to which inference may put every token through every expert.
+FEW_TOKENS = 32
+# Choices (token, expert) up to which inference reads a matrix for each. Uncompiled, each matrix is copied first;
+# compiled code copies none, and there the limit is the number of experts.
+FEW_CHOICES = 8
 
 
 class MoEConfig(Config):
@@ -44,15 +47,16 @@ class MoEConfig(Config):
     renormalise: bool = True
     """Divide the chosen gates by their sum."""
     n_loop_embeds: Loops | None = None
-    """Loops with a learned embedding that the router reads beside the token, later ones the last; null for none."""
+    """Loops with a learned embedding, which the router reads beside the token; later loops use the last one; null for
+    none."""
     has_bias: bool = False
     """Keep a bias per expert that moves the choice, not the gate: a buffer, which gets no gradient."""
     bias_rate: NonNegativeFloat = Field(default=0.0, le=1)
     """Step of the bias after every update: up for experts with less than the mean load, down for the others
     (DeepSeek-V3, 2024); 0 never moves it."""
     capacity_factor: PositiveFloat | None = None
-    """In training an expert takes at most this many times its even share of a batch, those with the largest gates
-    (V-MoE, 2021); null for all that come. Never at inference: there, later tokens and batch mates would decide."""
+    """In training an expert takes at most this many times its even share of a batch, the tokens with the largest gates
+    (V-MoE, 2021); null for no limit. Never at inference: there, later tokens and other rows would decide."""
     balance_loss: NonNegativeFloat = 0.0
     """Weight of n_experts * sum(share of tokens * mean router probability), 1 when even (Switch)."""
     z_loss: NonNegativeFloat = 0.0
@@ -78,7 +82,9 @@ class ExpertLinear(nn.Module):
     def __init__(self, n_experts: int, d_in: int, d_out: int, *, linear: LinearConfig) -> None:
         super().__init__()
         assert not isinstance(linear, LowRankConfig), "refused by BlockConfig"
+        # (E, d_in, d_out), where nn.Linear has (d_out, d_in): F.grouped_mm takes x @ weight
         self.weight = nn.Parameter(torch.empty(n_experts, d_in, d_out))
+        # 0 stands for no thin product beside the matrix
         self.scale = linear.scale if isinstance(linear, HRAConfig) else 0.0
         if isinstance(linear, HRAConfig):
             self.a = nn.Parameter(torch.empty(n_experts, d_in, linear.rank))
@@ -122,8 +128,10 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         flat = x.flatten(0, 1)  # (N, D)
         logits = self.route(flat, inputs.loop_idx)  # (N, E)
+        # the bias moves which experts are chosen, never the gates: evening the load changes no weight in the sum
         chosen = (logits if self.bias is None else logits + self.bias).topk(self.config.top_k, dim=-1).indices  # (N, k)
         gates = self.gates(logits, chosen)
+        # only training hands in `asides`: losses, loads and a capacity exist there alone
         capacity = None
         if inputs.asides is not None:
             load = self.load(chosen)
@@ -131,9 +139,10 @@ class MoE(nn.Module):
             inputs.asides.loads.append((self.layer_idx, load))
             capacity = self.capacity(n_tokens=len(flat))
         gates = gates.to(x.dtype)
-        # autocast would compute these ways in another type than the sorted one, and a row's numbers hang on its batch
+        # under autocast the first two ways run in another type than the sorted one: a row would depend on its batch
         is_plain = not torch.is_autocast_enabled(x.device.type)
         at_inference = is_plain and inputs.asides is None and not torch.is_grad_enabled()
+        # three ways to the same sums: a matrix for each choice, all experts for all tokens, or tokens sorted by expert
         n_experts = self.config.n_experts
         if at_inference and chosen.numel() <= (n_experts if torch.compiler.is_compiling() else FEW_CHOICES):
             mixed = self._by_choice(flat, chosen, gates)
@@ -141,6 +150,7 @@ class MoE(nn.Module):
             mixed = self._by_expert(flat, chosen, gates)
         else:
             mixed = self._sorted(flat, chosen, gates, self.load(chosen), capacity=capacity)
+        # shared experts see every token and have no gate
         for expert in self.shared:
             mixed = mixed + expert(flat, inputs)
         return mixed.view(x.shape)
@@ -154,6 +164,7 @@ class MoE(nn.Module):
         """Router logits (N, E) in fp32."""
         if self.loop_embed is not None:
             assert self.config.n_loop_embeds is not None
+            # loops beyond the learned embeddings read the last one
             embed = self.loop_embed(loop_idx.clamp(max=self.config.n_loop_embeds - 1))
             flat = torch.cat((flat, embed.to(flat.dtype).expand_as(flat)), dim=-1)
         return self.router(flat).float()
@@ -161,6 +172,7 @@ class MoE(nn.Module):
     def _by_choice(self, flat: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
         """As `_sorted`, where sorting would cost more than the products: every choice by itself."""
         experts = chosen.flatten()
+        # reads N k matrices of weights, so it pays only while N k is small
         rows = flat.repeat_interleave(self.config.top_k, dim=0)[:, None]  # (N k, 1, D)
         inner = F.silu(self.gate.one_each(rows, experts)) * self.up.one_each(rows, experts)
         return (self.down.one_each(inner, experts).view(*chosen.shape, -1) * gates[..., None]).sum(1)
@@ -169,7 +181,9 @@ class MoE(nn.Module):
         """As `_sorted`, for few tokens that use most experts: every token goes through all of them."""
         rows = flat.expand(self.config.n_experts, -1, -1)  # (E, N, D)
         rows = self.down.one_each(F.silu(self.gate.one_each(rows)) * self.up.one_each(rows))
+        # the gates of the chosen experts, 0 for all others
         shares = gates.new_zeros(len(flat), self.config.n_experts).scatter(1, chosen, gates).T[..., None]  # (E, N, 1)
+        # where, not a product with 0: an expert that was not chosen may overflow, and 0 * inf is NaN
         return torch.where(shares == 0, 0, rows * shares).sum(0)
 
     def _sorted(self, flat: Tensor, chosen: Tensor, gates: Tensor, load: Tensor, *, capacity: int | None) -> Tensor:
@@ -177,10 +191,12 @@ class MoE(nn.Module):
         experts, k = chosen.flatten(), self.config.top_k
         gates = gates.flatten()
         if capacity is None:
+            # stable: an expert's rows keep the order of the tokens, so that sums over them always add in one order
             order = experts.argsort(stable=True)  # token-choices by expert
         else:
             order = gates.argsort(descending=True, stable=True)
             order = order[experts[order].argsort(stable=True)]  # by expert, largest gates first
+            # rank of a choice among its expert's, the largest gate first; from `capacity` on its gate becomes 0
             rank = torch.arange(len(order), device=order.device) - (load.cumsum(0) - load)[experts[order]]
             gates = gates.index_put((order,), gates[order] * (rank < capacity))
         inverse = order.argsort()
@@ -204,10 +220,12 @@ class MoE(nn.Module):
     def balance(self, load: Tensor) -> None:
         """Move the bias by one step, given the tokens (E,) sent to each expert since the last one."""
         if self.bias is not None and self.config.bias_rate:
+            # only the sign counts: a step is as large however uneven the load is
             self.bias += self.config.bias_rate * (load.float().mean() - load).sign()
 
     def loss(self, logits: Tensor, load: Tensor) -> Tensor:
         """Balance and z loss of one call, weighted, given its load (E,)."""
+        # counts have no gradient: it flows through the mean probability alone
         share = load / load.sum()
         balance = self.config.n_experts * (share * logits.softmax(-1).mean(0)).sum()
         return self.config.balance_loss * balance + self.config.z_loss * logits.logsumexp(-1).square().mean()

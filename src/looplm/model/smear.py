@@ -50,8 +50,8 @@ class Smear(nn.Module):
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor, *, before: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
-        """x (B, T, D); `before` (B, n_back, D) are the embeddings just before it, zero where there is none; tokens of
-        another of the packed `documents` (B, T) are not taken in."""
+        """x (B, T, D); `before` (B, n_back, D) are the embeddings just before it, zero where there is none. Tokens of
+        other documents, packed in the row by `documents` (B, T), are not taken in."""
         out = x
         for distance in range(1, self.n_back + 1):
             shifted = back(x, distance, n_back=self.n_back, before=before, documents=documents)

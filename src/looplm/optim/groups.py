@@ -19,9 +19,9 @@ class GroupConfig(Config):
     """What is different for some parameters."""
 
     lr: PositiveFloat = 1.0
-    """Times the optimizer's rate."""
+    """Factor of the optimizer's rate."""
     weight_decay: NonNegativeFloat | None = None
-    """In place of the optimizer's; null for that."""
+    """Weight decay instead of the optimizer's; null for the optimizer's."""
 
 
 class OptimizerConfig(Config):
@@ -48,12 +48,12 @@ class OptimizerConfig(Config):
     lion_beta2: Number = Field(default=0.99, ge=0, lt=1)
     """Lion's second decay."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled decay of matrices and embedding; never of norms, smear or the injection's own parameters."""
+    """Decoupled decay of matrices and embedding; never of norms, smear or injection."""
     batch_tokens: PositiveInt | None = None
-    """Tokens of a step that the rates are meant for; null for any. A larger step takes them times the root of how much
-    larger it is, a smaller one as they are: below some size the best rate hardly falls any more (docs/log.md)."""
+    """Tokens per step that the rates are meant for; null for any. A step k times larger takes them times the root of k,
+    a smaller one takes them as they are: below some size the best rate hardly falls any more (docs/log.md)."""
     groups: dict[str, GroupConfig] = Field(default_factory=dict)
-    """Exceptions by parameter name, globs such as `*.router.weight`; of several that match the first counts."""
+    """Exceptions by parameter name, globs such as `*.router.weight`; the first match counts."""
 
     def batch_scale(self, n_tokens: float) -> float:
         """What the rates are multiplied by in a step of `n_tokens`."""
@@ -90,7 +90,7 @@ def make_optimizers(
     if unmatched:
         names = ", ".join(name for name, _ in model.named_parameters())
         raise ConfigError(f"train.optimizer.groups: {sorted(unmatched)} match no parameter; there is {names}")
-    # embedding and head before matrices before what never decays: the order that saved states are in
+    # embedding and head, then matrices, then what never decays: the order of saved optimizer states
     for _, kind, scale, decay, parameter in sorted(found, key=lambda each: each[0]):
         groups.setdefault(kind, {}).setdefault((scale, decay), []).append(parameter)
     order = sorted(groups, key=lambda kind: kind in ("muon", "normuon"))

@@ -1,5 +1,5 @@
 """Lion (Chen et al. 2023): the sign of an interpolation between gradient and momentum. One number of state a parameter,
-and every number moves by the same amount: rates are three to ten times below AdamW's, decays as much above."""
+and every number moves by the same amount: rates are three to ten times lower than AdamW's, decays as much higher."""
 
 from collections.abc import Iterable
 from typing import Any

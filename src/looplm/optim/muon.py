@@ -26,22 +26,23 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-MAX_SHAPES = 64  # that are compiled; beyond, not compiled
+MAX_SHAPES = 64  # shapes that are compiled; further ones run uncompiled
 SECOND_MOMENTUM = "second_momentum_buffer"  # of NorMuon, in an optimizer's state
 Coefficients = Sequence[tuple[float, float, float]]
 
 
 class Muon(Optimizer):
     """Matrices (R, C) and stacks of them (N, R, C) only. An update has size lr * sqrt(max(1, rows / columns)) in every
-    direction; Nesterov momentum. `dtype` is what the iteration computes in; `compiled` compiles it, once per shape,
-    which gains nothing on a CPU, where its products are all of it (docs/log.md, 2026-11-25).
+    direction; Nesterov momentum. `dtype` is the type of the iteration; `compiled` compiles it, once per shape,
+    which gains nothing on a CPU, where products take all of its time (docs/log.md, 2026-11-25).
 
     With `beta2` it is NorMuon (arXiv 2510.05491) as nanochat has it: rows are brought to one size before the iteration,
-    the orthogonal update is divided by the root of a running mean of its squares, over columns or rows, whichever are
-    fewer numbers to keep, and made as large as it was; and a weight decays only where the update takes it to zero too.
+    the orthogonal update is divided by the root of a running mean of its squares, one for each row of a tall matrix or
+    each column of a wide one, and made as large as it was; and a weight decays only where the update moves it towards
+    zero too.
 
-    Of parameters that are shared out to ranks (FSDP2) the momenta are too; updates are gathered, and every rank makes
-    all of them orthogonal, the same.
+    Momenta of sharded parameters (FSDP2) are sharded too. Updates are gathered, and every rank makes all of them
+    orthogonal, with the same result.
     """
 
     def __init__(
@@ -77,8 +78,10 @@ class Muon(Optimizer):
             for (*_, n_rows, n_columns), parameters in by_shape.items():
                 gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
                 momenta = [local(buffer(self.state[p], "momentum_buffer", p)) for p in parameters]
+                # the momentum is a running mean of gradients; the update looks one step ahead (Nesterov)
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 parts = zip(torch._foreach_lerp(gradients, momenta, group["momentum"]), parameters, strict=True)
+                # a matrix is made orthogonal whole: of sharded parameters, every rank gathers the parts
                 updates = torch.stack([gathered(part, like=parameter) for part, parameter in parts])
                 rate = group["lr"] * max(1.0, n_rows / n_columns) ** 0.5
                 if group["beta2"] is not None:
@@ -87,18 +90,22 @@ class Muon(Optimizer):
                 orthogonal = self.orthogonalize(updates.view(-1, n_rows, n_columns), dtype=self.dtype)
                 own = zip(orthogonal.view(updates.shape).unbind(), parameters, strict=True)
                 weights = [local(parameter) for parameter in parameters]
+                # decoupled weight decay, as in AdamW
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(weights, [part_of(each, like=parameter) for each, parameter in own], alpha=-rate)
 
     def _normalised(self, parameters: list[Tensor], updates: Tensor, *, rate: float, group: dict[str, Any]) -> None:
         """NorMuon's step for parameters of one shape, `updates` (K, ..., R, C)."""
         n_rows, n_columns = updates.shape[-2:]
+        # every row as large as the others, the whole as large as before
         row_sizes = updates.norm(dim=-1, keepdim=True).clamp(min=1e-6)
         alike = updates * (updates.norm(dim=(-2, -1), keepdim=True) / n_rows**0.5 / row_sizes)
         flat = alike.view(-1, n_rows, n_columns)
         x = self.orthogonalize(flat, dtype=self.dtype, coefficients=POLAR_EXPRESS).view(updates.shape)
+        # the Frobenius norm of an orthogonal matrix of this shape; the iteration only comes near to it
         size = min(n_rows, n_columns) ** 0.5
         x = x * (size / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-6))
+        # one number a row of a tall matrix, a column of a wide one: (K, ..., R, 1) or (K, ..., 1, C)
         squares = x.square().mean(dim=-1 if n_rows >= n_columns else -2, keepdim=True)
         each = zip(parameters, squares.unbind(), strict=True)
         seconds = [buffer(self.state[p], SECOND_MOMENTUM, like) for p, like in each]  # whole on every rank
@@ -107,6 +114,7 @@ class Muon(Optimizer):
         x = x * (size / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
         for parameter, whole in zip(parameters, x.unbind(), strict=True):
             weight, update = local(parameter), part_of(whole, like=parameter)
+            # decay acts only where the update too moves the weight towards zero
             shrinks = update * weight >= 0
             weight.sub_(rate * (update + group["weight_decay"] * weight * shrinks))
 
@@ -118,6 +126,7 @@ def orthogonalize(
     in the type of the matrices."""
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.to(dtype)
+    # wide, so that x x^T is the smaller of the two Gram matrices
     x = x.mT if is_tall else x
     # Polar Express diverges above 1, where rounding can take a singular value
     room = 1.01 if coefficients == POLAR_EXPRESS else 1.0

@@ -9,8 +9,8 @@ from looplm.config import Config, Number
 
 
 class ScheduleConfig(Config):
-    """Linear warm-up, constant, decay: all in shares of the budget, whatever its unit. With `decay` as all that the
-    warm-up leaves and shape cosine it is the usual cosine schedule."""
+    """Linear warm-up, constant, decay: all in shares of the budget, whatever its unit. With
+    warmup + decay = 1 and shape cosine it is the usual cosine schedule."""
 
     warmup: Number = Field(default=0.02, ge=0, le=1)
     """Share of the budget over which the rate rises from 0."""

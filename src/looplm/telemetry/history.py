@@ -1,4 +1,4 @@
-"""What a run has written of itself, read back."""
+"""The records of a run, read back."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a machine gives and what a process takes of it."""
+"""The speed of a machine, and the memory that a process takes."""
 
 import sys
 import time
@@ -7,10 +7,10 @@ import torch
 
 
 def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
-    """FLOPs per second of a large matrix product, the best of twelve: what a model's own rate is held against."""
+    """FLOPs per second of a large matrix product, the best of twelve: a model's rate is compared with it."""
     device = torch.device(device)
     size = 8192 if device.type == "cuda" else 1024
-    generator = torch.Generator(device).manual_seed(0)  # the process's own goes on as if nothing had been drawn
+    generator = torch.Generator(device).manual_seed(0)  # not the process's generator, whose next draws must not change
     a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     times = []
     for _ in range(12):

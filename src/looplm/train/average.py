@@ -1,4 +1,4 @@
-"""Weights averaged: over a run as it goes (an exponential moving average), or over its last checkpoints."""
+"""Averages of weights: over the steps of a run (an exponential moving average), or over its last checkpoints."""
 
 import shutil
 from pathlib import Path
@@ -26,8 +26,8 @@ from looplm.model.looped import LoopedLM
 
 
 class MovingAverage:
-    """decay * average + (1 - decay) * weights after every step; a young average forgets faster, so that it is not one
-    of the first weights."""
+    """decay * average + (1 - decay) * weights after every step; the decay is smaller in the first steps, so
+    that the average soon forgets the initial weights."""
 
     def __init__(self, model: LoopedLM, *, decay: float) -> None:
         self.model, self.decay = model, decay

@@ -1,17 +1,17 @@
-"""A looped model against what it has to beat: the same data, tuned rates, several seeds, one report.
+"""A looped model against its baselines: the same data, tuned rates, several seeds, one report.
 
-Arms, each with a rate of its own, chosen among RATES by held-out loss after a quarter of the steps:
+Each arm has its own rate, chosen among RATES by held-out loss after a quarter of the steps:
 
 looped           the recipe as it is.
 iso-parameter    the same model run once, as many steps: the same parameters and tokens, fewer FLOPs.
-iso-FLOP         a layer of its own in place of every loop's, as many steps: the looped model's FLOPs at its trained
-                 depth, more parameters.
-iso-wall-time    the iso-parameter model at its own rate, as many minutes as the looped one took: the same time and
+iso-FLOP         separate layers instead of the loops, as many steps: the looped model's FLOPs at its trained depth,
+                 more parameters.
+iso-wall-time    the iso-parameter model at its rate, for as many minutes as the looped one took: the same time and
                  parameters, more tokens.
 
-Baselines see all tokens where the looped model has a window, which it looks beyond by looping: a window adds no
-parameters, and one layer of it could not see what is asked. Runs are folders of their own, made by `looplm train`;
-what is finished is not run again.
+Baselines see all tokens where the looped model has a window, beyond which it looks by looping: a window adds no
+parameters, and one windowed layer could not see what is asked. Each run is a folder made by `looplm train`; a finished
+run is not repeated.
 """
 
 import os
@@ -59,7 +59,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Arm:
-    """What is known of one arm in the end, by seed where it is a list."""
+    """The results of one arm; lists are by seed."""
 
     name: str
     parameters: int
@@ -74,8 +74,8 @@ class Arm:
 
 
 class Comparison:
-    """One recipe compared, in folder `out`. `minutes` tells how many steps each run takes: four times as many as the
-    looped model makes in a quarter of them, at its start. `n_jobs` run at a time, each with its share of the cores."""
+    """One recipe compared, in folder `out`. `minutes` decides the steps of every run: four times as many as the looped
+    model makes in a quarter of them, at its start. `n_jobs` run at a time, each with its share of the cores."""
 
     def __init__(
         self, config: RunConfig, out: Path, *, minutes: float, n_seeds: int, n_jobs: int, say: Callable[[str], None]
@@ -161,7 +161,7 @@ class Comparison:
         return Run(arm, self.out / "runs" / name, parse(RunConfig, data, source=name))
 
     def _train(self, runs: Sequence[Run]) -> None:
-        """All that are not finished, `n_jobs` at a time."""
+        """Train the runs that are not finished, `n_jobs` at a time."""
         for run in runs:
             check_is_same(run)
         with ThreadPoolExecutor(self.n_jobs) as pool:
@@ -244,7 +244,7 @@ def is_finished(run: Run) -> bool:
 
 
 def check_is_same(run: Run) -> None:
-    """Refuse a run folder that another recipe was trained in."""
+    """Refuse a folder that holds a run of another recipe."""
     if not checkpoints(run.folder):
         return
     old, new = (_flat(data) for data in (read_yaml(run.folder / CONFIG), run.config.model_dump(mode="json")))
@@ -276,7 +276,7 @@ def depth_of(loaded: LoadedRun) -> int:
 
 
 def score(loaded: LoadedRun) -> dict[str, float]:
-    """What the report tells of a run, the headline first."""
+    """The metrics of a run for the report, the headline first."""
     data = parse_data(loaded.config["data"], source=str(loaded.path))
     if isinstance(data, BytesConfig | PreparedConfig):
         text, n_loops = held_out_text(data), depth_of(loaded)

@@ -31,7 +31,7 @@ class LoopLossConfig(Config):
 
 
 class StateLossConfig(Config):
-    """What is added to the loss for a state that behaves: that stays small, and that one more loop hardly moves."""
+    """What is added to the loss to keep the state small, and to keep one more loop from moving it."""
 
     jacobian: NonNegativeFloat = 0.0
     """Weight of |J v|^2 / |v|^2 for a random v, J the Jacobian of one more loop at the last state (STARS, 2026): below
@@ -41,9 +41,9 @@ class StateLossConfig(Config):
 
 
 class ExitGateConfig(Config):
-    """How a learned exit gate is trained (Ouro, 2025), in two stages. First with the model: the loss of each loop's
-    output, weighted by the probability that the token leaves there, less `entropy` times the entropy of that. Then
-    alone, the rest of the model at rest: a token is to go on where the loop has just gained something."""
+    """How a learned exit gate is trained (Ouro, 2025), in two stages. First together with the model: the loss of each
+    loop's output, weighted by the probability that the token leaves there, minus `entropy` times the entropy of these
+    probabilities. Then alone, with the model frozen: a token should continue where the last loop gained something."""
 
     entropy: NonNegativeFloat = 0.05
     """Weight of the entropy, which keeps the gate from collapsing onto one loop while the model learns."""
@@ -152,10 +152,10 @@ def next_token_loss(
 
 @dataclass(frozen=True)
 class _Unrolled:
-    """A forward with what lies between its ends, each (B, T, D)."""
+    """A forward with its intermediate tensors, each (B, T, D)."""
 
     inputs: LayerInputs
-    entry: Tensor  # as every loop takes it in
+    entry: Tensor  # what every loop takes in
     states: list[Tensor]  # after each loop
     hidden: list[Tensor]  # what coda and norm make of the states that carry gradient, the last one last
 
@@ -177,7 +177,7 @@ def _of_state(model: LoopedLM, unrolled: _Unrolled, config: StateLossConfig, *, 
     loss = config.norm * unrolled.states[-1].float().square().mean()
     if not config.jacobian:
         return loss
-    # by a finite difference: attention's own backward has no derivative of its own. In the weights' type, since bf16
+    # by a finite difference: the backward pass written for attention has no derivative. In the weights' type: bf16
     # would round it away
     inputs = replace(unrolled.inputs, asides=None)
     number = torch.full_like(inputs.loop_idx, loop_idx)

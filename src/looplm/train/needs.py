@@ -1,5 +1,5 @@
-"""What a run of a config needs: parameters, FLOPs, memory on every GPU, hours and dollars. Neither data nor a GPU is
-touched."""
+"""What a run of a config needs: parameters, FLOPs, memory per GPU, hours and dollars. Reads no data and needs no
+GPU."""
 
 import math
 from collections import Counter
@@ -56,9 +56,9 @@ class Loops:
     mean: float
     """Loops run."""
     mean_with_gradient: float
-    """Those inside the backpropagated tail."""
+    """Loops that carry gradient."""
     most_with_gradient: int
-    """What memory has to hold; of a plan without a limit the most of N_DRAWS draws."""
+    """The most loops with gradient, which memory must hold; for a plan without a limit, the most of N_DRAWS draws."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,13 @@ class Needs:
 
     parameters: int
     active: int
-    """Those that one token uses."""
+    """Parameters that one token uses."""
     loops: Loops
     tokens: int
     tokens_from: str
-    """Who said how many."""
+    """Where the number comes from."""
     flops_per_token: float
-    """Forward, backward and what is computed again; the mean over all tokens."""
+    """Forward, backward and recomputed loops; the mean over all tokens."""
     flops: float
     batch: Shape
     """The micro-batch with the most tokens."""
@@ -110,7 +110,7 @@ def needs(
     and hour.
 
     Raises:
-        ConfigError: mfu is no share, or something else is not above 0.
+        ConfigError: mfu is not a share, or a price or a number of tokens is out of range.
     """
     if not 0 < mfu <= 1:
         raise ConfigError(f"--mfu {mfu:g} is no share of a GPU's peak; give more than 0 and at most 1, as 0.4")
@@ -146,7 +146,7 @@ def needs(
 
 
 def plan_loops(plan: PlanConfig, data: DataConfig) -> Loops:
-    """The numbers of a plan; a curriculum's when it has fully grown."""
+    """The numbers of a plan; of a curriculum, when it has fully grown."""
     weights, n_grad = _weights(plan, data)
     total = sum(weights.values())
     kept = {n: min(n, n_grad or n) for n in weights}
@@ -184,7 +184,7 @@ class _Phase:
 
 
 def _shapes(data: DataConfig) -> list[_Phase]:
-    """What the micro-batches look like, one phase after another; the last one has no end."""
+    """The shapes of the micro-batches, phase by phase; the last phase has no end."""
     if not isinstance(data, PreparedConfig):
         n_rows = data.batch_size if isinstance(data, PermutationsConfig) else data.n_rows
         return [_Phase(None, Shape(n_rows, row_length(data), has_documents=isinstance(data, ReasoningConfig)))]
@@ -221,7 +221,7 @@ class _Cost:
         return total
 
     def _per_token(self, row_len: int) -> float:
-        """Loops without gradient run forward only, a third of the cost; those computed again once more forward."""
+        """A loop without gradient runs forward only, a third of the cost; a recomputed loop runs forward once more."""
         once, twice = (self.counted(n, n_tokens=row_len) for n in (1, 2))
         loop, with_gradient = twice - once, self.loops.mean_with_gradient
         forward_only = self.loops.mean - with_gradient + (with_gradient if self.recomputes else 0)
@@ -229,8 +229,8 @@ class _Cost:
 
 
 def _tokens(config: RunConfig, cost: _Cost, parameters: int) -> tuple[int, str]:
-    """How many tokens and who says so: the smallest of the config's budgets that is no time, else so many a
-    parameter."""
+    """How many tokens, and where the number comes from: the smallest of the config's budgets but time, else
+    TOKENS_PER_PARAMETER for each parameter."""
     train = config.train
     budgets: list[tuple[int, str]] = []
     if train.tokens is not None:

@@ -1,7 +1,7 @@
-"""What the loops do while a model trains, measured now and then on a batch of its own data, without gradient.
+"""What the loops do while a model trains, measured now and then on a batch of its data, without gradient.
 
-Numbers go into the run's records under names of their own (`probe/...`); a warning is said once when it becomes true.
-Nothing here changes what the next step does.
+Numbers are added to the run's records as `probe/...`; each warning is given once, when it first becomes true. Nothing
+here changes what the next step does.
 """
 
 import math
@@ -19,7 +19,8 @@ from looplm.model.loop.inject import DiagonalInject, LTIInject
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import LoopedLM
 
-IDLE = 0.01  # nats that the loops after the first must gain, and relative change that one must make, or they do nothing
+# The least gain of the loops after the first, in nats, and the least relative change of the state by one loop.
+IDLE = 0.01
 
 
 @uncompiled()  # compiled layers would be compiled once more, for inference
@@ -42,7 +43,7 @@ def probe_loops(model: LoopedLM, batch: Batch, *, n_loops: int) -> dict[str, flo
 
 
 def worries(found: Mapping[str, float], *, n_loops: int) -> Iterator[tuple[str, str]]:
-    """What should worry whoever trains this: a word for it, and a sentence with the mend."""
+    """Warnings for whoever trains this model: a word for each, and a sentence with the mend."""
     if n_loops > 1:
         gain = found["probe/loss_1"] - found[f"probe/loss_{n_loops}"]
         changes = [value for name, value in found.items() if name.startswith("probe/state_change_")]
@@ -73,8 +74,8 @@ def _decays(model: LoopedLM) -> dict[str, float]:
 
 
 def _adapters(model: LoopedLM) -> dict[str, float]:
-    """Mean absolute cosine between the corrections of different loops, beside what random vectors of that size have:
-    near the baseline the loops differ, near 1 they are one."""
+    """Mean absolute cosine between the corrections of different loops, beside that of random vectors of that size:
+    near the baseline the loops differ, near 1 they are the same."""
     similarities, baselines = [], []
     for module in model.modules():
         if not isinstance(module, ResidualAdapter):

@@ -83,8 +83,8 @@ def choose_runtime(config: RuntimeConfig, *, trial: Callable[[Runtime], None], l
     return best
 
 
-# A probe of seconds decides a run of minutes: whatever else ran during the probe must not cost half of the machine, so
-# one thread is taken only where it is clearly faster (tiny models, cores that are busy all the time).
+# A probe of seconds decides for a run of minutes. Another job during the probe must not cost half of the machine, so
+# one thread is taken only if it is clearly faster (tiny models, cores that are busy all the time).
 FEWER_THREADS_HANDICAP = 1.3
 
 

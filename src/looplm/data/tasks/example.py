@@ -25,7 +25,7 @@ class Task(Protocol):
     NAME: str
 
     def sample(self, rng: random.Random, *, small: bool = False) -> Example:
-        """One question from the task's own range; a small one from its low end, which a uniform draw seldom visits."""
+        """One question from the range of the task; a small one from its low end, which a uniform draw seldom visits."""
         ...
 
     def sample_harder(self, rng: random.Random) -> Example:

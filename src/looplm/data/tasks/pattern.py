@@ -1,6 +1,6 @@
 """`What comes next: {x1}, {x2}, {x3}, {x4}, ?` Five kinds of sequence, all terms in 0..9999.
 
-The scratchpad names the rule and applies it. Whatever the rule hangs on is compared in writing first: the first term
+The scratchpad names the rule and applies it. What the rule depends on is compared in writing first: the first term
 with the third and the second with the fourth (alternating), the differences with the terms before them (a sum of the
 last two) and with each other (arithmetic), the first term doubled, and doubled again, with the second (a ratio
 of 2 to 5).

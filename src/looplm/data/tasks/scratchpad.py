@@ -51,10 +51,10 @@ def add(left: int, right: int) -> Work:
 
 
 def subtract(left: int, right: int) -> Work:
-    """Compare first, turn the operands round if the left is smaller, then columns from the right with borrows: a column
-    that lends first gives its one away, `6-1=5`, and then takes its ten, `15-8=7`.
+    """Compare first, swap the operands if the left one is smaller, then go through the columns from the right with
+    borrows. A column that was borrowed from first gives its one away, `6-1=5`, and may then borrow itself, `15-8=7`.
 
-    Columns that the comparison found equal give zeros, and no borrow reaches them: they are left out.
+    Columns that the comparison found equal give zeros and no borrow reaches them, so they are left out.
     """
     a, b = align(left, right)
     steps = [f"{a}-{b}", compare(a, b)]
@@ -65,7 +65,7 @@ def subtract(left: int, right: int) -> Work:
     borrow = 0
     for x, y in zip(reversed(a[n_equal:]), reversed(b[n_equal:]), strict=True):
         top = int(x)
-        if borrow:  # in a step of its own, so that what is left is compared with y in writing
+        if borrow:  # as a separate step, so that the remainder is compared with y in writing
             top = top or 10
             steps.append(f"{top}-1={top - 1}")
             top -= 1
@@ -76,8 +76,8 @@ def subtract(left: int, right: int) -> Work:
 
 
 def multiply(left: int, right: int) -> Work:
-    """One row per digit of the shorter factor, then the rows added up with their shifts. The carry is added in a step
-    of its own, `9*8=72`, `72+7=79`: few products see a carry as rare as that 7, but every sum sees its digits."""
+    """One row per digit of the shorter factor, then the rows added up with their shifts. The carry is added as a
+    separate step, `9*8=72`, `72+7=79`: few products meet a carry as rare as that 7, but every sum meets its digits."""
     a, b = (str(left), str(right)) if len(str(left)) >= len(str(right)) else (str(right), str(left))
     steps = [f"{a}*{b}"]
     total: int | None = None

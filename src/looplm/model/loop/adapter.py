@@ -1,4 +1,4 @@
-"""What tells the loops apart after the core: one low-rank correction with a learned scale per loop (OpenMythos)."""
+"""What differs from loop to loop after the core: a low-rank correction with a learned scale per loop (OpenMythos)."""
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ class LoopLoRAConfig(Config):
     rank: Size
     """Inner width."""
     n_loops: Loops
-    """Loops with a scale of their own; later ones use the last."""
+    """Loops that have a scale; later loops use the last one."""
     max_scale: Scale | None = None
     """Largest magnitude of a scale; null for no bound."""
 

@@ -1,9 +1,9 @@
-"""How the states of the loops become one output: the last one, with or without a learned gate that says when it would
-do, or a halting-weighted sum (ACT, Graves 2016).
+"""How the states of the loops become one output: the last state, with or without a learned gate that says after which
+loop it is good enough, or a sum weighted by halting probabilities (ACT, Graves 2016).
 
 A position that has halted keeps running and keeps serving keys and values to the others; only its output is settled.
-Once all have halted, the loops that are left are not run; with a cache they are made up for if a later token ever needs
-them.
+Once all positions have halted, the remaining loops are not run. With a cache they are run later, if a later token needs
+their keys.
 """
 
 from typing import Annotated, Literal
@@ -31,7 +31,8 @@ class ACTConfig(Config):
     threshold: Number = Field(default=0.99, gt=0, le=1)
     """Summed probability at which a position halts."""
     renormalise: bool = True
-    """Give what is left to the last loop, so that the weights sum to 1 however few loops run (OpenMythos does not)."""
+    """Give the remaining probability to the last loop, so that the weights sum to 1 however few loops run (OpenMythos
+    does not)."""
     ponder_cost: NonNegativeFloat = 0.0
     """Weight in the training loss of the mean number of loops a position takes."""
 
@@ -47,8 +48,8 @@ ExitConfig = Annotated[NoExitConfig | ACTConfig | GateConfig, Field(discriminato
 
 
 class Halting:
-    """Running sums of one forward: output (B, T, D); halting probability, expected number of loops, loops taken and who
-    has halted (B, T), in fp32."""
+    """Running sums of one forward: the output (B, T, D) and, per position (B, T), the halting probability, the loops
+    run, the expected number of loops, all in fp32, and whether the position has halted."""
 
     def __init__(self, entry: Tensor) -> None:
         self.output = torch.zeros_like(entry)
@@ -76,7 +77,7 @@ class NoExit(nn.Module):
         return False
 
     def result(self, halting: Halting | None, state: Tensor, *, asides: Asides | None) -> Tensor:
-        """The output; training losses of its own are appended to `asides`."""
+        """The output; training losses of the exit are appended to `asides`."""
         return state
 
     def done(self, state: Tensor) -> Tensor | None:
@@ -92,6 +93,7 @@ class Gate(NoExit):
         self.gate = nn.Linear(d_model, 1)
 
     def done(self, state: Tensor) -> Tensor:
+        # normalised, so that the gate does not read the loop off the size of a state that grows
         return self.gate(F.rms_norm(state, state.shape[-1:])).squeeze(-1).float().sigmoid()
 
 
@@ -110,21 +112,27 @@ class ACT(NoExit):
 
     def update(self, halting: Halting | None, state: Tensor, *, is_last: bool) -> None:
         assert halting is not None
+        # in fp32: whether a sum reaches a threshold near 1 hangs on its last bits
         p = self.halt(state).squeeze(-1).float().sigmoid()
         running = ~halting.has_halted
+        # the loop at which a position halts takes what is left, so that the position's weights sum to 1
         halts = halting.total + p >= self.config.threshold
         weight = torch.where(halts, (1 - halting.total).clamp(min=0), p)
+        # a position that never halts gives what is left to the last loop; OpenMythos drops it
         if is_last and self.config.renormalise:
             weight = (1 - halting.total).clamp(min=0)
+        # a position that has halted runs on, for the keys and values that others read, and adds nothing more
         weight = weight * running
         halting.n_loops = halting.n_loops + running
         halting.output = halting.output + (weight[..., None] * state).to(state.dtype)
+        # the expected loop, a sum weighted by probabilities: it has a gradient, which the count n_loops has not
         halting.depth = halting.depth + weight * halting.n_loops
         halting.total = halting.total + p * running
         halting.has_halted = halting.has_halted | (halting.total >= self.config.threshold)
 
     def is_settled(self, halting: Halting | None) -> bool:
         assert halting is not None
+        # reads one number from the device: on a GPU a wait at every loop, which only exits that can settle pay
         return bool(halting.has_halted.all())
 
     def result(self, halting: Halting | None, state: Tensor, *, asides: Asides | None) -> Tensor:
@@ -138,12 +146,13 @@ def check_last_state(what: str, *, exit: NoExit, has_backout: bool, mend: str = 
     """Refuse a model whose output is made of more than its last state; the message goes from `what` to `mend`.
 
     Raises:
-        ConfigError: it has an exit of its own or a backout.
+        ConfigError: it has an exit over several states, or a backout.
     """
+    # an exit that can settle sums over the states of several loops; a backout reads an earlier layer too
     if exit.can_settle or has_backout:
         raise ConfigError(
             f"{what} a model whose output is the last state alone: this one has "
-            f"{'an exit of its own' if exit.can_settle else 'a backout'}{mend}"
+            f"{'an exit over several states' if exit.can_settle else 'a backout'}{mend}"
         )
 
 

@@ -18,7 +18,7 @@ from looplm.model.norm import RMSNorm
 
 # exp(-x) rounds to 1 in fp32 below 6e-8; this floor keeps the decay representably below 1 whatever is learned.
 MIN_DECAY_RATE = 1e-6
-MAX_DECAY_RATE = 16.0  # a decay of 1e-7, which no sum with the rest notices; exp(-x) is 0 above 103
+MAX_DECAY_RATE = 16.0  # a decay of 1e-7, lost in any fp32 sum; exp(-x) is exactly 0 above 103
 
 
 class NoInjectConfig(Config):

@@ -30,8 +30,8 @@ MOST_SIGMA = 4.0  # the rate is then beyond 1,000 times its median once in 25 dr
 @dataclass(frozen=True)
 class LoopPlan:
     """`n_loops` passes through the core, the last `n_grad` of them with gradient (None: all of them). With `recompute`
-    the backward pass computes each loop again in place of keeping its activations. `per_row` gives every row of the
-    batch a number of its own, the largest of them being `n_loops`: rows that have run theirs leave the batch."""
+    the backward pass computes each loop again instead of keeping its activations. `per_row` gives every row of the
+    batch its own number, of which `n_loops` is the largest; a row that has run its loops leaves the batch."""
 
     n_loops: int
     n_grad: int | None = None
@@ -132,7 +132,7 @@ class LengthPlanConfig(Config):
     max_extra: NonNegativeInt = Field(default=2, le=MOST_LOOPS)
     """Most loops beyond the length."""
     n_prefix: NonNegativeInt = 1
-    """Tokens before the first task token (BOS), which need no loop of their own."""
+    """Tokens before the first task token (BOS), which need no loop."""
 
     def sample(self, rng: np.random.Generator, *, n_tokens: int, n_rows: int) -> LoopPlan:
         """One plan for a batch of `n_rows` sequences of `n_tokens` tokens."""

@@ -1,8 +1,8 @@
-"""Loops by row: every row of a batch runs a number of loops of its own and leaves the batch when it has (Parcae, 2026,
-whose own code lets finished rows run on and discards what they compute).
+"""Loops by row: every row of a batch runs its own number of loops and then leaves the batch (Parcae, 2026, whose code
+lets finished rows run on and discards the result).
 
-Rows never see each other, so a row's state is what it would be alone. At every loop the rows that carry gradient and
-those that do not yet run apart. Shapes: B rows of the batch, T tokens, D width, R rows that run.
+Rows never see each other, so a row's state is what it would be alone. At every loop the rows that carry gradient run
+apart from the rows that do not carry it yet. Shapes: B rows of the batch, T tokens, D width, R rows that run.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 from looplm.model.layer_inputs import Asides, LayerInputs
 from looplm.model.loop.plan import LoopPlan
 
-# (state (R, T, D) or None at first, entry (R, T, D), loop_idx, inputs) to the next state and what its parts say
+# (state (R, T, D) or None at first, entry (R, T, D), loop_idx, inputs) to the next state and auxiliary outputs
 OneLoop = Callable[[Tensor | None, Tensor, Tensor, LayerInputs], tuple[Tensor, Asides | None]]
 
 
@@ -38,7 +38,7 @@ def run_rows(
                 after, asides = one_loop(before, entry.index_select(0, index), number, inputs.rows(index))
             ran.append((index, after))
             if inputs.asides is not None and asides is not None:
-                # a router's loss is a mean over the tokens of its call: both calls count as the one they are part of
+                # a router's loss is a mean over the tokens of its call: the two calls are weighted to make one mean
                 asides.losses = [loss * (len(rows) / n_running) for loss in asides.losses]
                 inputs.asides.extend(asides)
         state = _placed(state, ran)
@@ -59,7 +59,7 @@ def _groups(plan: LoopPlan, loop_idx: int, *, tracking: bool) -> dict[bool, list
 
 
 def _placed(state: Tensor | None, ran: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """`state` with the rows that ran replaced; all of them ran where there is none yet."""
+    """`state` with the rows that ran replaced; at the first loop there is no state and all rows ran."""
     if state is None:
         order = torch.cat([index for index, _ in ran])
         return torch.cat([after for _, after in ran]).index_select(0, order.argsort())

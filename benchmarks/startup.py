@@ -69,7 +69,7 @@ def cpu_seconds(command: list[str], *, times: int) -> float:
 def make_inputs(folder: Path) -> dict[str, str]:
     """A prepared text and a run, by the words that stand for them above."""
     text, places = folder / "text.md", {"PREPARED": "prepared", "RUN": "run", "NEW": "new"}
-    text.write_text("A line of text that is here to be read.\n" * 2000)
+    text.write_text("A line of text that is here to be read.\n" * 2000, encoding="utf-8")
     paths = {word: str(folder / name) for word, name in places.items()}
     tokenizer = str(folder / "tokenizer")
     for words in (
@@ -105,7 +105,7 @@ def main() -> None:
             mark = " (above)" if found[text] > bound else ""
             print(f"| `{text}` | {found[text]:.2f}{mark} | {bound:.2f} |", flush=True)
     if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def test_a_missing_or_cut_file_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a whole tokenizer"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="not a whole tokenizer"):
+    with pytest.raises(DataError, match="is not UTF-8"):
         load_tokenizer(tmp_path)
 
 

@@ -19,3 +19,7 @@ class CheckpointError(LooplmError):
 
 class TrainingError(LooplmError):
     """Training that cannot go on: a non-finite loss, a full disk, an unwritable folder."""
+
+
+class FolderError(LooplmError):
+    """A folder that cannot be written into, or that another process is writing into."""

@@ -11,25 +11,17 @@ import glob
 import io
 import json
 import sysconfig
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from looplm.data.records import Skipped, record_text
 from looplm.errors import DataError
 
 HUB, BUILTIN_PYTHON = "hub:", "builtin:python"
 KINDS = (".txt", ".md", ".py", ".jsonl", ".parquet")  # of files in a folder; each also with .zst, parquet not
-TEXT_FIELDS = ("text", "content")
 TRIES = 3  # of a hub that does not answer
-
-
-class Skipped(Counter[str]):
-    """How many documents were left out, by reason."""
-
-    def __str__(self) -> str:
-        return ", ".join(f"{number:,} {reason}" for reason, number in self.most_common())
 
 
 def parts_of(source: str) -> list[str]:
@@ -176,31 +168,9 @@ def _hub(part: str) -> Iterator[Any]:
 
 def _texts(records: Iterable[Any], field: str | None, skipped: Skipped) -> Iterator[str]:
     for record in records:
-        text = record_text(record, field=field)
-        if text is None:
-            skipped["without text" if field is None else f"without {field}"] += 1
-        else:
+        text = record_text(record, field=field, skipped=skipped)
+        if text is not None:
             yield text
-
-
-def record_text(record: Any, *, field: str | None = None) -> str | None:
-    """The text of one record; None where it has none. Conversations become a line a turn, `role: content`."""
-    if isinstance(record, str) and field is None:
-        return record
-    if not isinstance(record, Mapping):
-        return None
-    if field is not None:
-        return record[field] if isinstance(record.get(field), str) else None
-    for name in TEXT_FIELDS:
-        if isinstance(record.get(name), str):
-            return str(record[name])
-    turns = record.get("messages") or record.get("conversations")
-    if isinstance(turns, list) and all(isinstance(turn, Mapping) for turn in turns):
-        said = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in turns]
-        return "\n".join(f"{role}: {content}" for role, content in said if isinstance(content, str))
-    asked = [record.get(name) for name in ("instruction", "question", "input", "output", "answer")]
-    joined = [each for each in asked if isinstance(each, str) and each]
-    return "\n".join(joined) if len(joined) > 1 else None
 
 
 def _python(skipped: Skipped) -> Iterator[str]:

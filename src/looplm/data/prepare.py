@@ -26,7 +26,7 @@ from pydantic import Field, PositiveInt
 from tokenizers import Tokenizer
 
 from looplm.config import Config
-from looplm.data.bpe import EOS, TOKENIZER
+from looplm.data.bpe import EOS, TOKENIZER, encode_all, n_ids
 from looplm.data.documents import Skipped, parts_of, read_documents
 from looplm.errors import ConfigError, DataError
 from looplm.files import write_whole
@@ -159,9 +159,9 @@ def _begin(config: PrepareConfig, tokenizer: Tokenizer, folder: Path) -> Manifes
     new = Manifest(
         config=config.model_dump(mode="json"),
         tokenizer=hashlib.sha256(text.encode()).hexdigest(),
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=n_ids(tokenizer),
         end_id=end_of_text(tokenizer),
-        dtype="uint16" if max(tokenizer.get_vocab().values()) < 1 << 16 else "uint32",
+        dtype="uint16" if n_ids(tokenizer) <= 1 << 16 else "uint32",
         parts=[part for source in config.sources for part in parts_of(source)],
     )
     if config.fim:
@@ -217,15 +217,13 @@ class _Kept:
     def add(self, texts: Sequence[str], config: PrepareConfig, tokenizer: Tokenizer, *, end_id: int) -> int:
         """Tokenise documents and keep them; how many bytes they have."""
         pieces = [_pieces(text, config) for text in texts]
-        encoded = iter(
-            tokenizer.encode_batch_fast([piece for each in pieces for piece in each], add_special_tokens=False)
-        )
+        encoded = iter(encode_all(tokenizer, [piece for each in pieces for piece in each]))
         tags = _fim_ids(tokenizer) if config.fim else []
         n_bytes = 0
         for text, each in zip(texts, pieces, strict=True):
             ids: list[int] = []
-            for number, encoding in enumerate(islice(encoded, len(each))):
-                ids += [*tags[number : number + 1], *encoding.ids] if len(each) > 1 else encoding.ids
+            for number, piece in enumerate(islice(encoded, len(each))):
+                ids += [*tags[number : number + 1], *piece] if len(each) > 1 else piece
             split = HELD_OUT if is_held_out(text, share=config.held_out) else TRAIN
             self.documents[split].append(np.array([*ids, end_id], dtype=np.uint32))
             size = len(text.encode())

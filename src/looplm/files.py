@@ -24,11 +24,15 @@ _held_guard = threading.Lock()
 def write_whole(path: Path, data: bytes) -> None:
     """Write beside the place and rename into it, once the disk has it all; an OSError leaves what was there before."""
     temporary = path.with_name(path.name + ".partial")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def natural_key(name: str | Path) -> tuple[list[tuple[int, str]], str]:

@@ -32,7 +32,7 @@ def parts_of(source: str) -> list[str]:
     """
     if source.startswith(HUB) and source.count(",") > 2:
         raise DataError(f"{source!r} names more than a dataset, its config and its split: {HUB}NAME,CONFIG,SPLIT")
-    if source.startswith(HUB) or source == BUILTIN_PYTHON:
+    if not is_file(source):
         return [source]
     path = Path(source)
     if path.is_dir():
@@ -48,6 +48,11 @@ def parts_of(source: str) -> list[str]:
         known = f"; or name a dataset as {HUB}NAME, or {BUILTIN_PYTHON}"
         raise DataError(f"source {source!r}: no such file, folder or glob{known}")
     return sorted(matches, key=natural_key)
+
+
+def is_file(part: str) -> bool:
+    """Whether a part is a file, not a dataset or a built-in corpus."""
+    return not part.startswith(HUB) and part != BUILTIN_PYTHON
 
 
 def _is_hidden(path: Path) -> bool:

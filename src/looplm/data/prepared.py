@@ -27,8 +27,9 @@ from tokenizers import Tokenizer
 from looplm.config import Config
 from looplm.data.bpe import load_tokenizer, token_bytes, train_bpe
 from looplm.data.documents import BUILTIN_PYTHON, read_documents
+from looplm.data.manifest import HELD_OUT, TRAIN, PrepareConfig, Shard, Split, read_manifest
 from looplm.data.pack import IGNORE, Batch
-from looplm.data.prepare import HELD_OUT, TRAIN, PrepareConfig, Shard, prepare, read_manifest
+from looplm.data.prepare import ends_of, prepare
 from looplm.errors import ConfigError, DataError
 
 BLOCK = 1024  # rows in which every folder has its share
@@ -119,7 +120,7 @@ class Phase:
 class TokenStream:
     """One split of a prepared folder, all shards end to end, read by memory map."""
 
-    def __init__(self, folder: Path, *, split: str) -> None:
+    def __init__(self, folder: Path, *, split: Split) -> None:
         manifest = read_manifest(folder)
         if not manifest.complete:
             raise DataError(
@@ -145,7 +146,7 @@ class TokenStream:
         return np.concatenate(loaded) if loaded else np.zeros(0, dtype=np.int64)
 
     def _ends_of(self, shard: Shard) -> NDArray[np.int64]:
-        path = self.folder / shard.name.replace(".bin", ".ends.npy")
+        path = ends_of(self.folder / shard.name)
         try:
             ends: NDArray[np.int64] = np.load(path)
         except (OSError, ValueError, EOFError) as error:
@@ -191,7 +192,7 @@ class PreparedSource:
     def __init__(self, config: PreparedConfig, *, seed: int, held_out: bool = False) -> None:
         self.config, self.seed, self.held_out = config, seed, held_out
         self.phases = config.in_full()
-        split = HELD_OUT if held_out else TRAIN
+        split: Split = HELD_OUT if held_out else TRAIN
         names = sorted({name for phase in self.phases for name in phase.folders})
         self.streams = {name: TokenStream(open_folder(name), split=split) for name in names}
         self._check()
@@ -276,7 +277,7 @@ class PreparedSource:
                     f"{str(other.folder)!r} and {str(first.folder)!r} were prepared with different tokenizers; prepare "
                     "both with one"
                 )
-            if self.held_out and other.manifest.config["held_out"] != first.manifest.config["held_out"]:
+            if self.held_out and other.manifest.config.held_out != first.manifest.config.held_out:
                 raise ConfigError(
                     f"{str(other.folder)!r} and {str(first.folder)!r} were prepared with different --held-out shares: "
                     "what one holds out the other may learn from; prepare both with one"

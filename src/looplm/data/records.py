@@ -68,7 +68,7 @@ def _named(record: Any, field: str, counted: Skipped) -> str:
         is_conversation = isinstance(value, list) and value and all(map(_is_turn, value))
         text = _conversation(value, counted) if is_conversation else _content(value, counted)
         if text is None:
-            raise _UnusableError(f"with {name} that is no text")
+            raise _UnusableError(f"without {name} as text")
         texts.append(text)
     return "\n".join(text for text in texts if text) if len(texts) > 1 else texts[0]
 
@@ -90,7 +90,7 @@ def _usual(record: Any, counted: Skipped) -> str:
     unread = next((name for name in (*TEXT_FIELDS, *TURNS) if record.get(name)), None)
     text = _content(record[unread], counted) if unread in TEXT_FIELDS else None
     if text is None:
-        raise _UnusableError("without text" if unread is None else f"with {unread} that is no text")
+        raise _UnusableError("without text" if unread is None else f"without {unread} as text")
     return text
 
 
@@ -102,7 +102,7 @@ def _asked(record: Mapping[str, Any], counted: Skipped) -> str | None:
     texts = {name: _content(value, counted) for name, value in given.items()}
     for name, text in texts.items():
         if text is None:
-            raise _UnusableError(f"with {name} that is no text")
+            raise _UnusableError(f"without {name} as text")
     return "\n".join(text for text in texts.values() if text)
 
 

@@ -25,9 +25,9 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 from tokenizers import Tokenizer
 
 from looplm.config import Config
-from looplm.data.bpe import load_tokenizer, token_bytes, train_bpe
+from looplm.data.bpe import TOKENIZER, load_tokenizer, token_bytes, train_bpe
 from looplm.data.documents import BUILTIN_PYTHON, read_documents
-from looplm.data.manifest import HELD_OUT, TRAIN, PrepareConfig, Shard, Split, read_manifest
+from looplm.data.manifest import HELD_OUT, TRAIN, PrepareConfig, Shard, Split, checksum, read_manifest
 from looplm.data.pack import IGNORE, Batch
 from looplm.data.prepare import ends_of, prepare
 from looplm.errors import ConfigError, DataError
@@ -148,10 +148,11 @@ class TokenStream:
     def _ends_of(self, shard: Shard) -> NDArray[np.int64]:
         path = ends_of(self.folder / shard.name)
         try:
-            ends: NDArray[np.int64] = np.load(path)
+            ends = np.load(path)
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{str(path)!r} cannot be read ({error}); remove the folder and prepare it again") from None
-        if len(ends) != shard.n_documents or ends[-1] != shard.n_tokens:
+        is_whole = isinstance(ends, np.ndarray) and ends.shape == (shard.n_documents,) and ends.dtype == np.int64
+        if not is_whole or ends[0] < 1 or (np.diff(ends) < 1).any() or ends[-1] != shard.n_tokens:
             raise DataError(f"{str(path)!r} is not of its shard; remove the folder and prepare it again")
         return ends
 
@@ -162,6 +163,12 @@ class TokenStream:
         while length:
             at = start - int(self.starts[shard_idx])
             piece = self._tokens(shard_idx)[at : at + length]
+            if piece.max() >= self.manifest.vocab_size:
+                path = self.folder / self.shards[shard_idx].name
+                raise DataError(
+                    f"shard {str(path)!r} is damaged: it holds id {piece.max()} of {self.manifest.vocab_size}; remove "
+                    "the folder and prepare it again"
+                )
             found.append(piece)
             start, length, shard_idx = start + len(piece), length - len(piece), shard_idx + 1
         return np.concatenate(found).astype(np.int64)
@@ -204,7 +211,14 @@ class PreparedSource:
     @property
     def tokenizer(self) -> Tokenizer:
         """What the text was cut with."""
-        return load_tokenizer(next(iter(self.streams.values())).folder)
+        first = next(iter(self.streams.values()))
+        path = first.folder / TOKENIZER
+        tokenizer = load_tokenizer(path)
+        if checksum(path) != first.manifest.tokenizer:
+            raise DataError(
+                f"{str(path)!r} is not what the text was prepared with; remove the folder and prepare it again"
+            )
+        return tokenizer
 
     @property
     def token_bytes(self) -> NDArray[np.int64]:

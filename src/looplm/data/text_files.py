@@ -43,7 +43,7 @@ def file_size(path: Path) -> int:
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     if not stat.S_ISREG(found.st_mode):
         kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
-        raise DataError(f"{str(path)!r} is {kind}, not a file of text; write the text to a file and name that")
+        raise DataError(f"{str(path)!r} is {kind}, not a file of text")
     return found.st_size
 
 

@@ -144,7 +144,6 @@ def _write_shards(
     most_kept = max(MOST_KEPT, 4 * config.shard_tokens)
     for part_idx in range(manifest.part, len(manifest.parts)):
         part, read_from = manifest.parts[part_idx], manifest.origins[part_idx]
-        read_from.sha256 = checksum(Path(part)) if is_file(part) else None
         n_done, skipped = manifest.n_done if part_idx == manifest.part else 0, Skipped()
         documents = islice(read_documents(part, field=config.field, skipped=skipped), n_done, None)
         for texts in _grouped(documents, n_done):
@@ -157,6 +156,8 @@ def _write_shards(
                 kept = _close(manifest, kept, folder, at=(part_idx, n_done))
         if kept.n_tokens >= config.shard_tokens:
             kept = _close(manifest, kept, folder, at=(part_idx, n_done))
+        if is_file(part) and n_done:  # what gave nothing may be large: a disk's image is not read to its end
+            read_from.sha256 = checksum(Path(part))
         now = origin(part)
         if (now.size, now.mtime_ns) != (read_from.size, read_from.mtime_ns):
             raise DataError(f"{part!r} has changed while it was read; run the command again")

@@ -169,3 +169,13 @@ def test_files_are_read_in_the_order_of_their_numbers_and_hidden_ones_are_not(tm
     names = ["9.txt", "10.txt", "100.txt", "b2/1.txt", "b10/1.txt"]
     assert parts_of(str(tmp_path)) == [str(tmp_path / name) for name in names]
     assert parts_of(str(tmp_path / "*.txt")) == [str(tmp_path / name) for name in names[:3]]
+
+
+def test_a_name_that_is_no_utf8_is_one_clear_error(tmp_path: Path) -> None:
+    with open(os.fsencode(tmp_path) + b"/\xff.txt", "wb") as file:
+        file.write(b"text")
+    for source in (tmp_path, tmp_path / "*", tmp_path / "\udcff.txt"):
+        with pytest.raises(DataError, match=r"udcff\.txt' has a name that is no UTF-8; rename it"):
+            parts_of(str(source))
+    with pytest.raises(DataError, match="names no dataset"):
+        parts_of("hub:,config")

@@ -30,6 +30,8 @@ def parts_of(source: str) -> list[str]:
     Raises:
         DataError: nothing is there, or it is no regular file.
     """
+    if source.startswith(HUB) and not source.removeprefix(HUB).partition(",")[0].strip():
+        raise DataError(f"{source!r} names no dataset: {HUB}NAME,CONFIG,SPLIT")
     if source.startswith(HUB) and source.count(",") > 2:
         raise DataError(f"{source!r} names more than a dataset, its config and its split: {HUB}NAME,CONFIG,SPLIT")
     if not is_file(source):
@@ -39,15 +41,24 @@ def parts_of(source: str) -> list[str]:
         found = [each for each in path.rglob("*") if each.is_file() and not _is_hidden(each.relative_to(path))]
         if not found:
             raise DataError(f"folder {source!r} holds no files; hidden ones do not count")
-        return sorted(map(str, found), key=natural_key)
+        return _in_order(map(str, found))
     if path.exists():
         file_size(path)
-        return [source]
+        return _in_order([source])
     matches = [each for each in glob.glob(source, recursive=True) if Path(each).is_file()]
     if not matches:
         known = f"; or name a dataset as {HUB}NAME, or {BUILTIN_PYTHON}"
         raise DataError(f"source {source!r}: no such file, folder or glob{known}")
-    return sorted(matches, key=natural_key)
+    return _in_order(matches)
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Names with their numbers as numbers."""
+    found = sorted(names, key=natural_key)
+    for name in found:
+        if not _is_utf8(name):  # it could not be written into a manifest
+            raise DataError(f"{name!r} has a name that is no UTF-8; rename it")
+    return found
 
 
 def is_file(part: str) -> bool:

@@ -12,10 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from byte_level import TAGS, byte_tokenizer
+from looplm.data.manifest import HELD_OUT, MANIFEST, TRAIN, PrepareConfig, read_manifest
 from looplm.data.pack import IGNORE
-from looplm.data.prepare import HELD_OUT, MANIFEST, TRAIN, PrepareConfig, is_held_out, prepare, read_manifest
+from looplm.data.prepare import is_held_out, prepare
 from looplm.data.prepared import (
     BLOCK,
     PhaseConfig,
@@ -27,18 +28,7 @@ from looplm.data.prepared import (
 )
 from looplm.errors import ConfigError, DataError
 
-TAGS = ["<|end_of_text|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
 END, PREFIX, SUFFIX, MIDDLE = range(4)
-
-
-def byte_tokenizer(tags: list[str] = TAGS) -> Tokenizer:
-    """A token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({name: number for number, name in enumerate([*tags, *alphabet])}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(tags)
-    return tokenizer
 
 
 @pytest.fixture

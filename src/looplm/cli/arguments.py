@@ -10,15 +10,23 @@ Sources = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="SOURCES...",
-        help="Files, folders or globs (.txt .md .py .jsonl, also with .zst, .parquet), hub:NAME[,CONFIG,SPLIT], or "
-        "builtin:python.",
+        help="Files of text, folders or globs (.jsonl, .json and .parquet hold records; .gz .xz .bz2 .zst are read "
+        "too), hub:NAME[,CONFIG,SPLIT], or builtin:python.",
         show_default=False,
     ),
 ]
 Field = Annotated[
-    str | None,
-    typer.Option(help="Field of records that holds the text.", show_default="the first of text, content, ..."),
+    list[str] | None,
+    typer.Option(
+        help="Field of records that holds the text; repeat the option, or write question,answer, for several.",
+        show_default="the first of text, content, ...",
+    ),
 ]
+
+
+def fields(names: list[str] | None) -> str | None:
+    """--field, once or several times, as `looplm.data.records` reads it."""
+    return ",".join(names) if names else None
 
 
 def numbers(text: str, *, option: str) -> list[int]:

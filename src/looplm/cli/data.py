@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from looplm.cli.arguments import Field, Sources
+from looplm.cli.arguments import Field, Sources, fields
 
 app = typer.Typer(no_args_is_help=True, help="Make text ready for training.")
 
@@ -33,8 +33,9 @@ def prepare(
     """Tokenise text into memory-mapped shards, on all cores. Stopped, the same command goes on."""
     from looplm.config import parse
     from looplm.data.bpe import load_tokenizer
-    from looplm.data.prepare import HELD_OUT, TRAIN, PrepareConfig
+    from looplm.data.manifest import HELD_OUT, MANIFEST, TRAIN, PrepareConfig, read_manifest
     from looplm.data.prepare import prepare as write
+    from looplm.data.records import Skipped
     from looplm.errors import ConfigError
 
     if inspect:
@@ -46,18 +47,25 @@ def prepare(
         raise ConfigError("no source given; for example: looplm data prepare texts/ --tokenizer tok --out prepared")
     if tokenizer is None:
         raise ConfigError("no --tokenizer given; make one with: looplm tokenizer train --out tok SOURCE...")
-    given = {"sources": sources, "field": field, "held_out": held_out, "fim": fim, "shard_tokens": shard_tokens}
+    given = {"sources": sources, "field": fields(field), "held_out": held_out, "fim": fim, "shard_tokens": shard_tokens}
     config = parse(PrepareConfig, {**given, "seed": seed}, source="looplm data prepare")
-    with _BytesProgress() as progress:
-        manifest = write(config, load_tokenizer(tokenizer), out, on_progress=progress)
+    is_done = (out / MANIFEST).is_file() and read_manifest(out).complete
+    try:
+        with _BytesProgress() as progress:
+            manifest = write(config, load_tokenizer(tokenizer), out, on_progress=progress)
+    except KeyboardInterrupt:
+        typer.secho("stopped; the same command goes on from the last finished shard", dim=True, err=True)
+        raise typer.Exit(130) from None
+    if is_done:
+        typer.secho(f"{out} was complete already, and its text and options are as they were", dim=True, err=True)
     n_bytes = sum(shard.n_bytes for shard in manifest.shards)
     n_tokens = {split: manifest.n_tokens(split) for split in (TRAIN, HELD_OUT)}
     typer.echo(
         f"{n_tokens[TRAIN]:,} tokens to learn from, {n_tokens[HELD_OUT]:,} held out, "
         f"{n_bytes / max(1, sum(n_tokens.values())):.2f} bytes a token, in {out}"
     )
-    for reason, number in manifest.skipped.items():
-        typer.echo(f"left out: {number:,} documents, {reason}")
+    for line in Skipped(manifest.skipped).lines():
+        typer.echo(line)
     typer.echo(
         f"look at it: looplm data prepare --inspect --out {out}; use it: looplm train pretrain data.folders={out}"
     )
@@ -94,25 +102,31 @@ def _inspect(folder: Path) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from looplm.cli.progress import CountProgress
     from looplm.data.bpe import load_tokenizer
-    from looplm.data.prepare import TRAIN, checksum
+    from looplm.data.manifest import TRAIN, checksum
     from looplm.data.prepared import TokenStream
+    from looplm.data.records import Skipped
     from looplm.errors import DataError
 
     stream = TokenStream(folder, split=TRAIN)
     manifest = stream.manifest
     table = Table("shard", "documents", "tokens", "bytes/token", "checksum", title=str(folder), title_justify="left")
     wrong = []
-    for shard in manifest.shards:
-        is_right = checksum(folder / shard.name) == shard.sha256
-        wrong += [] if is_right else [shard.name]
-        sizes = f"{shard.n_documents:,}", f"{shard.n_tokens:,}", f"{shard.n_bytes / shard.n_tokens:.2f}"
-        table.add_row(shard.name, *sizes, "right" if is_right else "[red]WRONG[/red]")
+    with CountProgress("checking shards", len(manifest.shards)) as progress:
+        for shard in manifest.shards:
+            is_right = checksum(folder / shard.name) == shard.sha256
+            wrong += [] if is_right else [shard.name]
+            sizes = f"{shard.n_documents:,}", f"{shard.n_tokens:,}", f"{shard.n_bytes / shard.n_tokens:.2f}"
+            table.add_row(shard.name, *sizes, "right" if is_right else "[red]WRONG[/red]")
+            progress(1)
     console = Console()
     console.print(table)
     console.print(
-        f"[dim]of {escape(', '.join(manifest.config['sources']))}; {manifest.vocab_size:,} kinds of tokens[/dim]"
+        f"[dim]of {escape(', '.join(manifest.config.sources))}; {manifest.vocab_size:,} kinds of tokens[/dim]"
     )
+    for line in Skipped(manifest.skipped).lines():
+        console.print(f"[dim]{escape(line)}[/dim]")
     if wrong:
         raise DataError(f"{', '.join(wrong)} of {str(folder)!r} are not what was written: prepare the folder anew")
     tokenizer = load_tokenizer(folder)

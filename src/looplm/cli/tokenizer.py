@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from looplm.cli.arguments import Field, Sources
+from looplm.cli.arguments import Field, Sources, fields
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -50,15 +50,20 @@ def train(
     from looplm.cli.progress import CountProgress
     from looplm.data.bpe import check_new, check_options, save_tokenizer, train_bpe
     from looplm.data.sample import Sample
+    from looplm.files import lock_folder
 
     check_new(out)
     check_options(vocab_size=vocab, digits=digits)
-    sample = Sample(sources or [], n_bytes=sample_bytes, field=field)
+    sample = Sample(sources or [], n_bytes=sample_bytes, field=fields(field))
     try:
-        typer.secho(f"reading up to {sample_bytes / 1e6:,g} MB of text, then learning the merges", dim=True, err=True)
-        with CountProgress("text read, MB", max(1, round(sample_bytes / 1e6))) as progress:
-            texts = sample.texts(lambda n_more: progress(n_more / 1e6))
-            trained = _in_background(lambda: train_bpe(texts, vocab_size=vocab, digits=digits))
+        with lock_folder(out):
+            typer.secho(
+                f"reading up to {sample_bytes / 1e6:,g} MB of text, then learning the merges", dim=True, err=True
+            )
+            with CountProgress("text read, MB", max(1, round(sample_bytes / 1e6))) as progress:
+                texts = sample.texts(lambda n_more: progress(n_more / 1e6))
+                trained = _in_background(lambda: train_bpe(texts, vocab_size=vocab, digits=digits))
+            save_tokenizer(trained, out)
     except KeyboardInterrupt:
         typer.secho("stopped; nothing was written", dim=True, err=True)
         # the thread cannot be told to stop, and one that is still in native code breaks Python's own way out
@@ -66,7 +71,6 @@ def train(
     finally:  # also where nothing was left to learn from
         if sample.skipped:
             typer.echo(f"skipped {sample.skipped}")
-    save_tokenizer(trained, out)
     _report(trained, sample)
     n_documents = sum(source.n_documents for source in sample.sources)
     typer.echo(f"saved {out}: {vocab:,} tokens, from {n_documents:,} documents")

@@ -56,7 +56,9 @@ def train(
         if recipe is None:
             raise ConfigError("no recipe given; try: looplm train reason --minutes 15 --out runs/r")
         folder = out or Path("runs") / Path(recipe).stem
-        config = resolve_run(recipe, overrides=overrides, model=model)
+        config = resolve_run(
+            recipe, overrides=overrides, model=model, on_choice=lambda text: typer.secho(text, dim=True, err=True)
+        )
         with TrainingProgress() as progress:
             result = start_run(config, folder, observers=(progress,))
     if not is_main():

@@ -7,7 +7,8 @@ text that a chat template has written.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,8 +38,12 @@ SPECIAL = (
 PAD, BOS, EOS, UNKNOWN = SPECIAL[:4]
 N_BYTES = 256
 MAX_DIGITS = 3
+MOST_ENCODED = 1 << 20  # characters at a time: the regular expressions give up on some ten million spaces in a row
 TOKENIZER, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 MOST_BYTES = 1 << 28  # of a tokenizer.json; those of 256,000 tokens have some 40 MB
+
+# Where no token reaches across: after a line's end, and before the space of a word. The last such place is found.
+_CUTS = (re.compile(r"(?s:.*)\n(?=\S)"), re.compile(r"(?s:.*)\S(?= \S)"))
 
 # What both Hugging Face and plain Jinja render, with or without `trim_blocks`: no line ends, no extension's tags. Only
 # the assistant's turns are closed, for it alone must learn where they end.
@@ -103,7 +108,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, digits: int = 1, min_fre
     tokenizer.train_from_iterator(counted, trainer)
     if not counted.n_bytes:
         raise DataError("there is no text to learn a tokenizer from; give sources that hold some")
-    found = tokenizer.get_vocab_size()
+    found = n_ids(tokenizer)
     if found < vocab_size:
         n_merges = found - len(SPECIAL) - N_BYTES
         raise ConfigError(
@@ -190,24 +195,61 @@ def load_tokenizer(path: Path, *, reads_tags: bool = False) -> Tokenizer:
     return tokenizer
 
 
+def n_ids(tokenizer: Tokenizer) -> int:
+    """The vocabulary size that a model needs: the largest id and one. Ids may have gaps, so it is not the number of
+    tokens."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
 def token_bytes(tokenizer: Tokenizer) -> list[int]:
-    """How many bytes of text each id stands for, 0 for tags. What turns nats per token into bits per byte.
+    """How many bytes of text each id stands for (n_ids,), 0 for tags and for ids without a token. What turns nats per
+    token into bits per byte.
 
     Raises:
         ConfigError: the tokenizer is not byte-level.
     """
     if not isinstance(tokenizer.decoder, decoders.ByteLevel):
         raise ConfigError("bytes per token are known of byte-level tokenizers only, as `looplm tokenizer train` makes")
-    tags = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    # a byte-level vocabulary writes each byte as one character
-    return [0 if i in tags else len(tokenizer.id_to_token(i) or "") for i in range(tokenizer.get_vocab_size())]
+    added = tokenizer.get_added_tokens_decoder()
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    sizes = [0] * n_ids(tokenizer)
+    for token, index in tokenizer.get_vocab().items():
+        if index not in added and alphabet.issuperset(token):
+            sizes[index] = len(token)  # a byte-level vocabulary writes each byte as one character
+        elif index not in added or not added[index].special:
+            sizes[index] = len(token.encode())
+    return sizes
 
 
 def compression(tokenizer: Tokenizer, texts: Iterable[str]) -> Compression:
     """Encode texts and count, on all cores."""
     kept = list(texts)
-    n_tokens = sum(len(encoding) for encoding in tokenizer.encode_batch_fast(kept))
+    n_tokens = sum(map(len, encode_all(tokenizer, kept)))
     return Compression(n_bytes=sum(len(text.encode()) for text in kept), n_tokens=n_tokens)
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text of any length, without what the tokenizer would put around it."""
+    return [token for piece in cut(text) for token in tokenizer.encode(piece, add_special_tokens=False).ids]
+
+
+def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of texts of any length, on all cores."""
+    pieces = [list(cut(text)) for text in texts]
+    encodings = iter(tokenizer.encode_batch_fast([each for cuts in pieces for each in cuts], add_special_tokens=False))
+    return [[token for _ in cuts for token in next(encodings).ids] for cuts in pieces]
+
+
+def cut(text: str) -> Iterator[str]:
+    """A text as it is, or in pieces of MOST_ENCODED characters at most that have the same tokens. Only where neither a
+    line nor a word ends for so long is a piece cut anywhere."""
+    start = 0
+    while len(text) - start > MOST_ENCODED:
+        found = (each.match(text, start, start + MOST_ENCODED) for each in _CUTS)
+        end = next((match.end() for match in found if match is not None), start + MOST_ENCODED)
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 class _Counted:
@@ -220,7 +262,7 @@ class _Counted:
     def __iter__(self) -> Iterator[str]:
         for text in self._texts:
             self.n_bytes += len(text.encode())
-            yield text
+            yield from cut(text)
 
 
 def _piece(digits: int) -> str:

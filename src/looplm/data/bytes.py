@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 
 from looplm.config import Config, Size
 from looplm.data.pack import Batch
+from looplm.data.text_files import file_size
 from looplm.errors import DataError
 
 VOCAB_SIZE = 256
 HELD_OUT_SHARE = 0.1
+MOST_IN_MEMORY = 1 << 28  # bytes; a file in memory cannot be changed under a run, a longer one is mapped
+MOST = 1 << 34  # bytes; all of them are read for the fingerprint, whenever a run starts
 
 
 class BytesConfig(Config):
@@ -35,7 +38,7 @@ class BytesSource:
     def __init__(self, config: BytesConfig, *, seed: int, held_out: bool = False) -> None:
         self.config, self.seed, self.held_out = config, seed, held_out
         whole = _read(Path(config.path))
-        self.fingerprint = hashlib.sha256(whole.tobytes()).hexdigest()
+        self.fingerprint = hashlib.sha256(whole.data).hexdigest()
         split = round(len(whole) * (1 - HELD_OUT_SHARE))
         self.bytes = whole[split:] if held_out else whole[:split]
         if len(self.bytes) <= config.row_len:
@@ -74,6 +77,15 @@ class BytesSource:
 
 def _read(path: Path) -> NDArray[np.uint8]:
     try:
-        return np.frombuffer(path.read_bytes(), dtype=np.uint8)
-    except OSError as error:
-        raise DataError(f"text {str(path)!r} cannot be read ({error.strerror}); name a file: data.path=FILE") from None
+        size = file_size(path)
+        if size <= MOST_IN_MEMORY:
+            return np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    except (DataError, OSError) as error:
+        reason = str(error) if isinstance(error, DataError) else f"{str(path)!r} cannot be read ({error.strerror})"
+        raise DataError(f"text {reason}; name a file: data.path=FILE") from None
+    if size > MOST:
+        raise DataError(
+            f"text {str(path)!r} has {size:,} bytes, and text as bytes takes {MOST:,} at most; name a part of it, or "
+            f"make tokens of it: looplm data prepare {path}"
+        )
+    return np.memmap(path, dtype=np.uint8, mode="r")

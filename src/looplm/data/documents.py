@@ -1,67 +1,79 @@
-"""Texts to learn from, read one document at a time: files of several kinds, Hugging Face datasets, and the Python
+"""Texts to learn from, read one document at a time: files of any kind of text, Hugging Face datasets, and the Python
 standard library, which is on every machine that runs this.
 
 A source is a string: a file, a folder or a glob (`corpus/*.jsonl.zst`), `hub:NAME` or `hub:NAME,CONFIG,SPLIT` for a
 dataset that `datasets` streams (an empty CONFIG is the default one; NAME may be a local folder), or `builtin:python`.
-What cannot be read as a document (a line that is no JSON, bytes that are no UTF-8, an empty text) is skipped and
-counted, never passed on changed.
+What cannot be read as a document (a binary file, a line that is no JSON, bytes that are no UTF-8, an empty text) is
+skipped and counted, never passed on changed.
 """
 
 import glob
-import io
 import sysconfig
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from looplm.data.records import Skipped, record_text
+from looplm.data.text_files import COMPRESSED, JSON_LINES, extra, file_size, read_records, read_text
 from looplm.errors import DataError
-from looplm.reading import parse_json
+from looplm.files import natural_key
 
 HUB, BUILTIN_PYTHON = "hub:", "builtin:python"
-KINDS = (".txt", ".md", ".py", ".jsonl", ".parquet")  # of files in a folder; each also with .zst, parquet not
-TEXT_FIELDS = ("text", "content")
+RECORDS = (*JSON_LINES, ".json")  # also compressed
+PARQUET = ".parquet"
 TRIES = 3  # of a hub that does not answer
 
 
-class Skipped(Counter[str]):
-    """How many documents were left out, by reason."""
-
-    def __str__(self) -> str:
-        return ", ".join(f"{number:,} {reason}" for reason, number in self.most_common())
-
-
 def parts_of(source: str) -> list[str]:
-    """The files of a source, in order; a dataset of the hub or a built-in corpus is one part.
+    """The files of a source, numbers in their names as numbers; a dataset of the hub or a built-in corpus is one part.
 
     Raises:
-        DataError: nothing is there, or it is of no known kind.
+        DataError: nothing is there, or it is no regular file.
     """
+    if source.startswith(HUB) and not source.removeprefix(HUB).partition(",")[0].strip():
+        raise DataError(f"{source!r} names no dataset: {HUB}NAME,CONFIG,SPLIT")
     if source.startswith(HUB) and source.count(",") > 2:
         raise DataError(f"{source!r} names more than a dataset, its config and its split: {HUB}NAME,CONFIG,SPLIT")
-    if source.startswith(HUB) or source == BUILTIN_PYTHON:
+    if not is_file(source):
         return [source]
     path = Path(source)
     if path.is_dir():
-        found = sorted(str(each) for each in path.rglob("*") if each.is_file() and _kind(each) is not None)
+        found = [each for each in path.rglob("*") if each.is_file() and not _is_hidden(each.relative_to(path))]
         if not found:
-            raise DataError(f"folder {source!r} holds no text; files end in {', '.join(KINDS)}, or these and .zst")
-        return found
-    matches = [source] if path.is_file() else sorted(glob.glob(source, recursive=True))
-    found = [each for each in matches if Path(each).is_file()]
-    if not found:
+            raise DataError(f"folder {source!r} holds no files; hidden ones do not count")
+        return _in_order(map(str, found))
+    if path.exists():
+        file_size(path)
+        return _in_order([source])
+    matches = [each for each in glob.glob(source, recursive=True) if Path(each).is_file()]
+    if not matches:
         known = f"; or name a dataset as {HUB}NAME, or {BUILTIN_PYTHON}"
         raise DataError(f"source {source!r}: no such file, folder or glob{known}")
-    for each in found:
-        if _kind(Path(each)) is None:
-            raise DataError(f"{each!r} is of no known kind; files end in {', '.join(KINDS)}, or these and .zst")
+    return _in_order(matches)
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Names with their numbers as numbers."""
+    found = sorted(names, key=natural_key)
+    for name in found:
+        if not _is_utf8(name):  # it could not be written into a manifest
+            raise DataError(f"{name!r} has a name that is no UTF-8; rename it")
     return found
 
 
+def is_file(part: str) -> bool:
+    """Whether a part is a file, not a dataset or a built-in corpus."""
+    return not part.startswith(HUB) and part != BUILTIN_PYTHON
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether a name on the way to it begins with a dot, as in .git: a glob passes over those too."""
+    return any(part.startswith(".") for part in path.parts)
+
+
 def read_documents(part: str, *, field: str | None = None, skipped: Skipped | None = None) -> Iterator[str]:
-    """The documents of one part, in order. A plain text file is one document; records give their `field`, or text,
-    content, messages, instruction with output, whichever they have first.
+    """The documents of one part, in order. A file of records (JSON lines, JSON, parquet) gives a document a record, as
+    `record_text` reads them; any other file is one document, or several if it is very long.
 
     Raises:
         DataError: the file cannot be opened, is cut short, or the hub does not answer.
@@ -85,77 +97,51 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _kind(path: Path) -> str | None:
-    name = path.name.removesuffix(".zst")
-    kind = next((kind for kind in KINDS if name.endswith(kind)), None)
-    return None if kind == ".parquet" and path.suffix == ".zst" else kind
-
-
 def _read(part: str, field: str | None, skipped: Skipped) -> Iterator[str]:
     if part == BUILTIN_PYTHON:
         yield from _python(skipped)
     elif part.startswith(HUB):
         yield from _texts(_hub(part), field, skipped)
-    elif part.endswith(".parquet"):
-        yield from _texts(_parquet(Path(part)), field, skipped)
-    elif _kind(Path(part)) == ".jsonl":
-        yield from _texts(_json_lines(Path(part), skipped), field, skipped)
+    elif part.lower().endswith(PARQUET):
+        yield from _texts(_parquet(Path(part), skipped), field, skipped)
+    elif _plain_name(part).endswith(RECORDS):
+        yield from _texts(read_records(Path(part), skipped), field, skipped)
     else:
-        yield from _whole(Path(part), skipped)
+        yield from read_text(Path(part), skipped)
 
 
-def _whole(path: Path, skipped: Skipped) -> Iterator[str]:
-    with _opened(path) as file:
-        read = file.read()
-    try:
-        yield read.decode()
-    except UnicodeDecodeError:
-        skipped["not UTF-8"] += 1
+def _plain_name(part: str) -> str:
+    """A file's name in small letters, without the ending that says how it is compressed."""
+    name = part.lower()
+    return next((name.removesuffix(ending) for ending in COMPRESSED if name.endswith(ending)), name)
 
 
-def _json_lines(path: Path, skipped: Skipped) -> Iterator[Any]:
-    with _opened(path) as file:
-        for line in file:
-            if not line.strip():
-                continue
-            try:
-                yield parse_json(line)
-            except UnicodeError:
-                skipped["not UTF-8"] += 1
-            except ValueError:
-                skipped["not JSON"] += 1
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """A file or what a .zst holds; its faults as a DataError."""
-    try:
-        if path.suffix == ".zst":
-            arrow = _extra("pyarrow", what=f"{str(path)!r} is compressed")
-            with arrow.input_stream(str(path), compression="zstd") as file:
-                yield io.BufferedReader(file)
-        else:
-            with path.open("rb") as file:
-                yield file
-    except OSError as error:
-        is_cut = path.suffix == ".zst" and path.is_file()
-        mend = "is not whole zstd" if is_cut else "cannot be read"
-        raise DataError(f"{str(path)!r} {mend} ({error.strerror or error})") from None
-
-
-def _parquet(path: Path) -> Iterator[Any]:
-    arrow, parquet = _extra("pyarrow", what=f"{str(path)!r} is parquet"), _extra("pyarrow.parquet", what="")
+def _parquet(path: Path, skipped: Skipped) -> Iterator[Any]:
+    arrow, parquet = extra("pyarrow", what=f"{str(path)!r} is parquet"), extra("pyarrow.parquet", what="")
+    file_size(path)
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
+                yield from _rows(batch, skipped)
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{str(path)!r} is not a whole parquet file ({error}); fetch it again") from None
 
 
+def _rows(batch: Any, skipped: Skipped) -> Iterator[Any]:
+    """Records of some rows; a text that is no UTF-8 costs its own row alone."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            skipped["not UTF-8"] += 1
+        else:
+            for row in range(batch.num_rows):
+                yield from _rows(batch.slice(row, 1), skipped)
+
+
 def _hub(part: str) -> Iterator[Any]:
     """Rows of a dataset, streamed. A stream that breaks is taken up where it was, a few times."""
-    datasets = _extra("datasets", what=f"{part!r} is a dataset")
+    datasets = extra("datasets", what=f"{part!r} is a dataset")
     name, config, split = (*part.removeprefix(HUB).split(","), "", "")[:3]
     n_given, n_failed = 0, 0
     while True:
@@ -176,31 +162,9 @@ def _hub(part: str) -> Iterator[Any]:
 
 def _texts(records: Iterable[Any], field: str | None, skipped: Skipped) -> Iterator[str]:
     for record in records:
-        text = record_text(record, field=field)
-        if text is None:
-            skipped["without text" if field is None else f"without {field}"] += 1
-        else:
+        text = record_text(record, field=field, skipped=skipped)
+        if text is not None:
             yield text
-
-
-def record_text(record: Any, *, field: str | None = None) -> str | None:
-    """The text of one record; None where it has none. Conversations become a line a turn, `role: content`."""
-    if isinstance(record, str) and field is None:
-        return record
-    if not isinstance(record, Mapping):
-        return None
-    if field is not None:
-        return record[field] if isinstance(record.get(field), str) else None
-    for name in TEXT_FIELDS:
-        if isinstance(record.get(name), str):
-            return str(record[name])
-    turns = record.get("messages") or record.get("conversations")
-    if isinstance(turns, list) and all(isinstance(turn, Mapping) for turn in turns):
-        said = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in turns]
-        return "\n".join(f"{role}: {content}" for role, content in said if isinstance(content, str))
-    asked = [record.get(name) for name in ("instruction", "question", "input", "output", "answer")]
-    joined = [each for each in asked if isinstance(each, str) and each]
-    return "\n".join(joined) if len(joined) > 1 else None
 
 
 def _python(skipped: Skipped) -> Iterator[str]:
@@ -210,18 +174,8 @@ def _python(skipped: Skipped) -> Iterator[str]:
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
     for path in sorted(root.rglob("*.py")):
         if not left_out & set(path.relative_to(root).parts):
-            yield from _whole(path, skipped)
+            yield from read_text(path, skipped)
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
         yield topics[name]
-
-
-def _extra(name: str, *, what: str) -> Any:
-    """A package of the `data` extra."""
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError:
-        raise DataError(f"{what} and reading it takes {name}: pip install 'looplm[data]'") from None

@@ -24,9 +24,11 @@ from pydantic import Field, field_validator, model_validator
 from tokenizers import Tokenizer
 
 from looplm.config import Config, PositiveFloat, PositiveInt, Size
-from looplm.data.bpe import load_tokenizer, token_bytes, train_bpe
+from looplm.data.bpe import TOKENIZER, load_tokenizer, token_bytes, train_bpe
 from looplm.data.documents import BUILTIN_PYTHON, read_documents
-from looplm.data.prepare import HELD_OUT, TRAIN, PrepareConfig, Shard, prepare, read_manifest
+from looplm.data.manifest import HELD_OUT, TRAIN, PrepareConfig, Shard, Split, checksum, read_manifest
+from looplm.data.pack import IGNORE, Batch
+from looplm.data.prepare import ends_of, prepare
 from looplm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -121,7 +123,7 @@ class Phase:
 class TokenStream:
     """One split of a prepared folder, all shards end to end, read by memory map."""
 
-    def __init__(self, folder: Path, *, split: str) -> None:
+    def __init__(self, folder: Path, *, split: Split) -> None:
         manifest = read_manifest(folder)
         if not manifest.complete:
             raise DataError(
@@ -151,12 +153,13 @@ class TokenStream:
         return np.concatenate(loaded) if loaded else np.zeros(0, dtype=np.int64)
 
     def _ends_of(self, shard: Shard) -> NDArray[np.int64]:
-        path = self.folder / shard.name.replace(".bin", ".ends.npy")
+        path = ends_of(self.folder / shard.name)
         try:
-            ends: NDArray[np.int64] = np.load(path)
+            ends = np.load(path)
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{str(path)!r} cannot be read ({error}); remove the folder and prepare it again") from None
-        if len(ends) != shard.n_documents or ends[-1] != shard.n_tokens:
+        is_whole = isinstance(ends, np.ndarray) and ends.shape == (shard.n_documents,) and ends.dtype == np.int64
+        if not is_whole or ends[0] < 1 or (np.diff(ends) < 1).any() or ends[-1] != shard.n_tokens:
             raise DataError(f"{str(path)!r} is not of its shard; remove the folder and prepare it again")
         return ends
 
@@ -168,6 +171,12 @@ class TokenStream:
         while length:
             at = start - int(self.starts[shard_idx])
             piece = self._tokens(shard_idx)[at : at + length]
+            if piece.max() >= self.manifest.vocab_size:
+                path = self.folder / self.shards[shard_idx].name
+                raise DataError(
+                    f"shard {str(path)!r} is damaged: it holds id {piece.max()} of {self.manifest.vocab_size}; remove "
+                    "the folder and prepare it again"
+                )
             found.append(piece)
             start, length, shard_idx = start + len(piece), length - len(piece), shard_idx + 1
         return np.concatenate(found).astype(np.int64)
@@ -199,7 +208,7 @@ class PreparedSource:
     def __init__(self, config: PreparedConfig, *, seed: int, held_out: bool = False) -> None:
         self.config, self.seed, self.held_out = config, seed, held_out
         self.phases = config.in_full()
-        split = HELD_OUT if held_out else TRAIN
+        split: Split = HELD_OUT if held_out else TRAIN
         names = sorted({name for phase in self.phases for name in phase.folders})
         self.streams = {name: TokenStream(open_folder(name), split=split) for name in names}
         self._check()
@@ -212,7 +221,14 @@ class PreparedSource:
     @property
     def tokenizer(self) -> Tokenizer:
         """What the text was cut with."""
-        return load_tokenizer(next(iter(self.streams.values())).folder)
+        first = next(iter(self.streams.values()))
+        path = first.folder / TOKENIZER
+        tokenizer = load_tokenizer(path)
+        if checksum(path) != first.manifest.tokenizer:
+            raise DataError(
+                f"{str(path)!r} is not what the text was prepared with; remove the folder and prepare it again"
+            )
+        return tokenizer
 
     @property
     def token_bytes(self) -> NDArray[np.int64]:
@@ -260,7 +276,7 @@ class PreparedSource:
     def _stack(self, rows: Sequence[tuple[str, int]], phase: Phase) -> "Batch":
         import torch  # here, so that looking at a prepared folder takes none
 
-        from looplm.data.pack import IGNORE, Batch
+        from looplm.data.pack import Batch
 
         row_len = phase.row_len
         # (n_rows, row_len + 1): targets are the inputs moved by one token
@@ -294,7 +310,7 @@ class PreparedSource:
                     f"{str(other.folder)!r} and {str(first.folder)!r} were prepared with different tokenizers; prepare "
                     "both with one"
                 )
-            if self.held_out and other.manifest.config["held_out"] != first.manifest.config["held_out"]:
+            if self.held_out and other.manifest.config.held_out != first.manifest.config.held_out:
                 raise ConfigError(
                     f"{str(other.folder)!r} and {str(first.folder)!r} were prepared with different --held-out shares: "
                     "what one holds out the other may learn from; prepare both with one"

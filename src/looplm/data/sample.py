@@ -6,7 +6,8 @@ Not a shuffle for training a model: it draws enough of each kind of text to lear
 import random
 from collections.abc import Callable, Iterator, Sequence
 
-from looplm.data.documents import Skipped, parts_of, read_documents
+from looplm.data.documents import parts_of, read_documents
+from looplm.data.records import Skipped, check_field
 from looplm.errors import ConfigError
 
 PIECE = 2**14  # characters; longer documents are taken piece by piece, so that none takes all there is
@@ -67,6 +68,7 @@ class Sample:
             raise ConfigError("no source given; name files, folders, hub:NAME or builtin:python")
         if n_bytes < 1:
             raise ConfigError(f"a sample of {n_bytes} bytes is empty; give 1 or more")
+        check_field(field)
         self.n_bytes = n_bytes
         self.skipped = Skipped()
         self.sources = [Source(name) for name in sources]

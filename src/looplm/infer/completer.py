@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
-from looplm.data.bpe import load_tokenizer
+from looplm.data.bpe import encode, load_tokenizer
 from looplm.data.prepare import end_of_text
 from looplm.errors import DataError
 from looplm.infer.decoders import EarlyExit
@@ -35,7 +36,8 @@ class Utf8:
         return list(text.encode())
 
     def decode(self, ids: Sequence[int]) -> str:
-        return bytes(ids).decode(errors="replace")
+        # a model may have more ids than there are bytes; 0xFF is in no text, so they are shown as U+FFFD
+        return bytes(min(each, 0xFF) for each in ids).decode(errors="replace")
 
 
 class Subwords:
@@ -43,13 +45,20 @@ class Subwords:
 
     def __init__(self, path: Path) -> None:
         self.tokenizer = load_tokenizer(path)
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
         self.end_id = end_of_text(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return encode(self.tokenizer, text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
+        # a model may have more ids than the tokenizer, or the tokenizer gaps between them: those are shown as U+FFFD
+        runs = groupby(ids, key=lambda each: self.tokenizer.id_to_token(each) is not None)
+        return "".join(
+            self.tokenizer.decode(list(run), skip_special_tokens=False) if is_known else "\ufffd" * len(list(run))
+            for is_known, run in runs
+        )
 
 
 @dataclass(frozen=True)

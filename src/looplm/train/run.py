@@ -1,6 +1,6 @@
 """From a run config to a trained run folder: the function behind `looplm train`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from pydantic import model_validator
 
 from looplm import dist
 from looplm.checkpoint import CONFIG, run_folder, write_text
-from looplm.config import Config, load_preset, parse, to_yaml
+from looplm.config import Config, apply_overrides, load_preset, parse, to_yaml
 from looplm.data.bpe import TOKENIZER
 from looplm.data.bytes import VOCAB_SIZE as N_BYTES
 from looplm.data.bytes import BytesConfig
@@ -37,6 +37,7 @@ from looplm.model.memory import TRAINED_COPIES, check_batch_fits, check_model_fi
 from looplm.reading import read_yaml
 from looplm.telemetry.sinks import SAMPLES, Record, sample_line
 from looplm.train.fit import FitResult, Observer, TrainConfig, Validate, check_ranks, fit
+from looplm.train.vocabulary import given_of_model, vocab_of_text, with_vocab
 
 SAMPLE_PROMPT, SAMPLE_TOKENS = "\n", 60
 
@@ -121,12 +122,28 @@ CHANGEABLE = tuple(
 )
 
 
-def resolve_run(recipe: str, *, overrides: Iterable[str] = (), model: str | None = None) -> RunConfig:
-    """The config of a run preset or YAML file with `a.b=c` overrides; `model` names another model preset."""
-    data = load_preset("run", recipe)
+def resolve_run(
+    recipe: str,
+    *,
+    overrides: Iterable[str] = (),
+    model: str | None = None,
+    on_choice: Callable[[str], None] | None = None,
+) -> RunConfig:
+    """The config of a run preset or YAML file with `a.b=c` overrides; `model` names another model preset.
+
+    A model of prepared text has the vocabulary of the text, unless one is given; `on_choice` is called with what it is.
+    """
+    data, overrides = load_preset("run", recipe), list(overrides)
     if model is not None:
         data["model"] = model
-    return parse(RunConfig, _with_model(data), source=f"run {recipe!r}", overrides=list(overrides))
+    data = _with_model(data)
+    vocab_size = vocab_of_text(apply_overrides(data, overrides))
+    given = given_of_model(recipe, model=model, overrides=overrides)
+    if vocab_size is not None and "vocab_size" not in given:
+        data = with_vocab(data, vocab_size, given=given)
+        if on_choice is not None:
+            on_choice(f"model.vocab_size={vocab_size}, as the prepared text has")
+    return parse(RunConfig, data, source=f"run {recipe!r}", overrides=overrides)
 
 
 def start_run(config: RunConfig, out: Path, *, observers: tuple[Observer, ...] = ()) -> FitResult:

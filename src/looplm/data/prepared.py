@@ -27,7 +27,6 @@ from looplm.config import Config, PositiveFloat, PositiveInt, Size
 from looplm.data.bpe import TOKENIZER, load_tokenizer, token_bytes, train_bpe
 from looplm.data.documents import BUILTIN_PYTHON, read_documents
 from looplm.data.manifest import HELD_OUT, TRAIN, PrepareConfig, Shard, Split, checksum, read_manifest
-from looplm.data.pack import IGNORE, Batch
 from looplm.data.prepare import ends_of, prepare
 from looplm.errors import ConfigError, DataError
 

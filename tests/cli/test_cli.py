@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -152,9 +151,10 @@ def test_eval_of_s3_writes_rows(tmp_path: Path, s3_run: Path) -> None:
     assert all(0 <= row["exact"] <= 1 for row in rows)
 
 
-def test_a_calibrated_rule_is_stored_and_used(tmp_path: Path, s3_run: Path) -> None:
+def test_a_calibrated_rule_is_stored_and_used(tmp_path: Path) -> None:
     run, path = tmp_path / "run", tmp_path / "s.json"
-    shutil.copytree(s3_run, run)
+    short = ["data.max_len=2", "data.n_ramp=0", "data.batch_size=32"]  # learned in seconds
+    start_run(resolve_run("s3", overrides=["train.minutes=null", "train.steps=120", *short]), run)
     out = succeeds("calibrate", str(run), "--lengths", "2", "--max-loss", "0.02", "--n", "150", "--json", str(path))
     trials = json.loads(path.read_text())["trials"]
     rule = json.loads((run / "exit.json").read_text())["rule"]
@@ -281,12 +281,12 @@ def test_train_trains_says_where_and_resumes(tmp_path: Path, tiny_reason: list[s
         (["calibrate", "{s3}", "--missing", "last"], "--missing is for text"),
         (["generate", "builtin:reasoner", "--prompt", SUM, "--draft", "1", "--exit", "latent"], "give one of them"),
         (["generate", "builtin:reasoner", "--prompt", SUM, "--draft", "2"], "leaves none of 2"),
-        (["generate", "builtin:reasoner", "--prompt", SUM, "--draft", "0"], "a draft's n_loops is 0"),
+        (["generate", "builtin:reasoner", "--prompt", SUM, "--draft", "0"], "--draft 0 is too small; give 1 or more"),
         (
             ["generate", "builtin:reasoner", "--prompt", SUM, "--draft", "1", "--batch-size", "2"],
             "leave batch_size out",
         ),
-        (["generate", "builtin:reasoner", "--prompt", SUM, "--batch-size", "0"], "batch_size is 0"),
+        (["generate", "builtin:reasoner", "--prompt", SUM, "--batch-size", "0"], "--batch-size 0 is too small"),
         (["generate", "builtin:reasoner", "--prompt", SUM, "--missing", "last"], "give --exit too"),
         (["compare", "s3", "--seeds", "1"], "1 seeds give no interval"),
         (["compare", "s4"], "did you mean 's3'"),
@@ -294,9 +294,9 @@ def test_train_trains_says_where_and_resumes(tmp_path: Path, tiny_reason: list[s
         (["train", "text", "data.path={tmp}/none.txt", "--out", "{tmp}/x"], "cannot be read"),
         (["eval", "{s3}", "--lengths", "12,x"], "not a list of whole numbers"),
         (["chat", "{s3}"], "has no questions"),
-        (["chat", "--loops", "0"], "n_loops is 0"),
+        (["chat", "--loops", "0"], "--loops 0 is too small"),
         (["generate", "builtin:reasoner", "--prompt", ""], "the prompt is empty"),
-        (["generate", "builtin:reasoner", "--prompt", SUM, "--loops", "-1"], "n_loops is -1"),
+        (["generate", "builtin:reasoner", "--prompt", SUM, "--loops", "-1"], "--loops -1 is too small"),
         (["generate", "builtin:reasoner", "--prompt", "1 " * 600], "context is 512"),
         (["generate", "builtin:reasoner", "--prompt", SUM, "--temperature", "-1"], "greater than or equal to 0"),
         (["count", "nrm"], "no model preset named 'nrm'; did you mean 'nrm-0.9m'"),
@@ -306,7 +306,7 @@ def test_train_trains_says_where_and_resumes(tmp_path: Path, tiny_reason: list[s
         (["tokenizer", "train", "{tmp}/nowhere", "--out", "{tmp}/t"], "no such file, folder or glob"),
         (["tokenizer", "train", "builtin:python", "--vocab", "99", "--out", "{tmp}/t"], "14 tags and 256 bytes"),
         (["tokenizer", "train", "builtin:python", "--digits", "4", "--out", "{tmp}/t"], "digits is 4"),
-        (["tokenizer", "train", "builtin:python", "--sample-bytes", "0", "--out", "{tmp}/t"], "sample of 0 bytes"),
+        (["tokenizer", "train", "builtin:python", "--sample-bytes", "0", "--out", "{tmp}/t"], "--sample-bytes 0 is"),
     ],
 )
 def test_a_mistake_is_one_clear_line(words: list[str], says: str, tmp_path: Path, s3_run: Path) -> None:

@@ -95,7 +95,7 @@ def test_question_files_are_read_and_wrong_lines_named(tmp_path: Path) -> None:
     path.write_text("\n")
     with pytest.raises(DataError, match="holds no questions"):
         read_questions(path)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="does not exist"):
         read_questions(tmp_path / "none.jsonl")
 
 
@@ -109,6 +109,7 @@ def test_staircase_scores_whole_sequences(make_model: Callable[..., LoopedLM]) -
 
     class Perfect(torch.nn.Module):
         config = model_config
+        embed = torch.nn.Embedding(7, 1)
 
         def forward(self, ids: torch.Tensor, *, n_loops: int) -> object:
             from looplm.data.tasks.permutations import PRODUCT

@@ -7,6 +7,7 @@ import typer
 from looplm import __version__
 from looplm.cli import compare, convert, data, evaluate, inspect, plan, talk, tokenizer, train, watch
 
+MORE_WORDS = {"allow_extra_args": True}  # for commands that say themselves what is wrong with them
 app = typer.Typer(
     name="looplm",
     help="Small language models that think in loops: train, measure and talk to them.",
@@ -22,8 +23,8 @@ app.command("eval")(evaluate.evaluate)
 app.command("calibrate")(evaluate.calibrate)
 app.command("compare")(compare.compare)
 app.command("chat")(talk.chat)
-app.command("generate")(talk.generate)
-app.command("count")(inspect.count)
+app.command("generate", context_settings=MORE_WORDS)(talk.generate)
+app.command("count", context_settings=MORE_WORDS)(inspect.count)
 app.command("config")(inspect.config)
 app.command("plan")(plan.plan)
 app.command("import")(convert.import_)

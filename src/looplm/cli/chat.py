@@ -6,9 +6,10 @@ from typing import Any
 import torch
 import typer
 
+from looplm.cli.arguments import open_run
 from looplm.data.tokenizer import EOS
 from looplm.errors import LooplmError
-from looplm.eval.reasoning import load_reasoner
+from looplm.eval.reasoning import as_reasoner
 from looplm.infer.decoders import EarlyExit
 from looplm.infer.reasoner import Reasoner
 from looplm.infer.sampling import SamplingConfig
@@ -51,10 +52,12 @@ def run_chat(
     early: EarlyExit | None = None,
     draft: Draft | None = None,
     compiled: bool = False,
+    device: str = "cpu",
+    dtype: str = "fp32",
 ) -> None:
     """Read questions until the end of input, /quit or Ctrl-C."""
     torch.set_num_threads(1)
-    reasoner = load_reasoner(run)
+    reasoner = as_reasoner(open_run(run, device=device, dtype=dtype), run=run)
     if compiled:
         reasoner.model.compile_decoding()
         note = "The first answer waits ten seconds or more for the compiler, and the first after each /loops."

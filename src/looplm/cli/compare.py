@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from looplm.cli.arguments import count_option
+
 
 def compare(
     arguments: Annotated[
@@ -21,12 +23,17 @@ def compare(
     minutes: Annotated[
         float, typer.Option(help="About the wall time of a looped run; more where sequences grow.")
     ] = 3.0,
-    seeds: Annotated[int, typer.Option(help="Runs of every arm, seeds 0, 1, ...")] = 3,
-    jobs: Annotated[int, typer.Option(help="Runs at a time, each with its share of the cores.")] = 1,
+    seeds: Annotated[int, count_option("--seeds", help="Runs of every arm, seeds 0, 1, ...")] = 3,
+    jobs: Annotated[int, count_option("--jobs", help="Runs at a time, each with its share of the cores.")] = 1,
 ) -> None:
     """Train a looped model and its baselines (equal parameters, FLOPs, wall time) and report which is better.
 
-    Ctrl-C keeps what was trained: the same command goes on.
+    Ctrl-C keeps what was trained: the same command continues.
+
+    Examples:
+
+        looplm compare s3 --minutes 3 --seeds 3
+        looplm compare text data.path=book.txt --out compare/book
     """
     import importlib.util
     import json

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from looplm.cli.arguments import count_option
+
 SYSTEM = typer.Argument(metavar="{nanochat,openmythos,osrt}", help="The system that wrote the checkpoint.")
 
 
@@ -18,7 +20,13 @@ def import_(
         typer.Option(help="JSON of the original's config fields, where the file lacks them.", show_default=False),
     ] = None,
 ) -> None:
-    """Make a run folder of another system's checkpoint; every other command takes it."""
+    """Make a run folder of another system's checkpoint; every other command takes it.
+
+    Examples:
+
+        looplm import nanochat model_000700.pt --out runs/nano
+        looplm import osrt checkpoint.pt --config config.json --out runs/osrt
+    """
     from looplm.hf.convert import table_of
     from looplm.hf.files import import_run
     from looplm.reading import read_json
@@ -33,9 +41,14 @@ def import_(
 def average(
     run: Annotated[Path, typer.Argument(help="A run folder with several checkpoints (train.keep=5).")],
     out: Annotated[Path, typer.Option(help="Run folder to make.")],
-    last: Annotated[int, typer.Option(help="How many of the newest checkpoints.")] = 2,
+    last: Annotated[int, count_option("--last", help="How many of the newest checkpoints.")] = 2,
 ) -> None:
-    """Average the weights of a run's last checkpoints: often better than the last of them, for nothing."""
+    """Average the weights of a run's last checkpoints: often better than the last of them, for nothing.
+
+    Examples:
+
+        looplm average runs/r --last 5 --out runs/r-mean
+    """
     from looplm.train.average import average_checkpoints
 
     taken = average_checkpoints(run, out, n=last)
@@ -47,7 +60,12 @@ def export(
     to: Annotated[str, typer.Option(metavar="{nanochat,openmythos,osrt}", help="The system to write for.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
 ) -> None:
-    """Write an imported run back in the original's format."""
+    """Write an imported run back in the original's format.
+
+    Examples:
+
+        looplm export runs/nano --to nanochat --out nano-again
+    """
     from looplm.checkpoint import load
     from looplm.hf.convert import table_of
     from looplm.hf.files import export_run

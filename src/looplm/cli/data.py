@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from looplm.cli.arguments import Field, Sources, fields
+from looplm.cli.arguments import Field, Sources, count_option, fields
 
 app = typer.Typer(no_args_is_help=True, help="Make text ready for training.")
 
@@ -26,11 +26,18 @@ def prepare(
     field: Field = None,
     held_out: Annotated[float, typer.Option(help="Share of the documents never learned from.")] = 0.01,
     fim: Annotated[float, typer.Option(help="Share of the documents turned into prefix, suffix, middle.")] = 0.0,
-    shard_tokens: Annotated[int, typer.Option(help="Tokens of a shard.")] = 1 << 24,
-    seed: Annotated[int, typer.Option(help="Seed of the order within shards.")] = 0,
+    shard_tokens: Annotated[int, count_option("--shard-tokens", help="Tokens of a shard.")] = 1 << 24,
+    seed: Annotated[int, count_option("--seed", help="Seed of the order within shards.", least=0)] = 0,
     inspect: Annotated[bool, typer.Option("--inspect", help="Look at OUT in place of making it.")] = False,
 ) -> None:
-    """Tokenise text into memory-mapped shards, on all cores. Stopped, the same command goes on."""
+    """Tokenise text into memory-mapped shards, on all cores. Stopped, the same command continues.
+
+    Examples:
+
+        looplm data prepare texts/ --tokenizer tok --out prepared
+        looplm data prepare notes.jsonl --field body --tokenizer tok
+        looplm data prepare --inspect --out prepared
+    """
     from looplm.config import parse
     from looplm.data.bpe import load_tokenizer
     from looplm.data.manifest import HELD_OUT, MANIFEST, TRAIN, PrepareConfig, read_manifest

@@ -5,6 +5,14 @@ from typing import Annotated, Any
 
 import typer
 
+from looplm.cli.arguments import Device, DType, count_option, early_exit
+from looplm.cli.outputs import check_json, check_plot, check_writable, stdout_for_json, write_file, write_json
+from looplm.errors import ConfigError
+
+SUITES = ("reasoning", "s3", "loops")
+MOST_QUESTIONS = 100_000
+NO_TEXT = "is where a text is; this suite's questions are generated"
+
 
 def evaluate(
     run: Annotated[str, typer.Argument(help="A run folder, or builtin:reasoner.")],
@@ -17,7 +25,12 @@ def evaluate(
     ] = None,
     n: Annotated[
         int | None,
-        typer.Option("--n", help="Questions per task (500; loops: 100), or sequences per length (200)."),
+        count_option(
+            "--n",
+            help="Questions per task (500; loops: 100), or sequences per length (200).",
+            most=MOST_QUESTIONS,
+            show_default=False,
+        ),
     ] = None,
     loops: Annotated[
         str | None,
@@ -50,52 +63,78 @@ def evaluate(
             help="With --exit, for text: keys of the loops left out, recompute or last.", show_default="recompute"
         ),
     ] = None,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the scores here.", show_default=False)] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the loops suite here, a PNG.", show_default=False)] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Where a run's text is now: the file, or the prepared folder.", show_default="as trained on"),
+    ] = None,
+    device: Device = "cpu",
+    dtype: DType = "fp32",
+    json_out: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the scores to this file; - prints them and nothing else.", metavar="FILE"),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the loops suite into this .png, .svg or .pdf.", show_default=False)
+    ] = None,
 ) -> None:
-    """Score a run: accuracy with 95 % intervals, by number of loops."""
-    from looplm.checkpoint import load_run
-    from looplm.cli.arguments import early_exit
-    from looplm.errors import ConfigError
-    from looplm.eval.loops import TEXT_KINDS
+    """Score a run: accuracy with 95 % intervals, by number of loops.
 
-    _check_given(n=n, suite=suite, missing=missing, exit_rule=exit_rule)
-    for option, path in (("--json", json_out), ("--plot", plot)):
-        if path is not None:
-            _check_writable(path, option=option)
-    loaded = load_run(run)
+    Examples:
+
+        looplm eval builtin:reasoner --n 100
+        looplm eval runs/s3 --lengths 12,24 --loops n,2n
+        looplm eval runs/r --suite loops --plot dial.png
+        looplm eval runs/r --questions mine.jsonl --json -
+    """
+    from looplm.cli.arguments import open_run
+
+    _check_given(suite=suite, missing=missing, exit_rule=exit_rule)
+    check_json(json_out)
+    if plot is not None:
+        check_plot(plot, option="--plot")
+    loaded = open_run(run, device=device, dtype=dtype)
     trained_on = loaded.config.get("data", {}).get("kind")
-    suite = "loops" if suite is None and trained_on in TEXT_KINDS else suite
+    if suite is None:
+        # questions of one's own are for the reasoning suite, whatever the run
+        by_kind = {"permutations": "s3", "bytes": "loops", "prepared": "loops"}
+        suite = "reasoning" if questions is not None else by_kind.get(trained_on, "reasoning")
     if plot is not None and suite != "loops":
         raise ConfigError("--plot draws the loops suite; add --suite loops")
-    if suite == "loops":
-        if trained_on in TEXT_KINDS:
-            _refuse({"--n": n}, "counts questions or sequences; of a text all that is held out is scored")
-        others = {"--questions": questions, "--harder": harder, "--lengths": lengths, "--exit": exit_rule}
-        _refuse(others, "is for the other suites; loops takes --n, --loops and --plot")
-        scores = {"suite": "loops", **_dial(loaded, loops=loops, n=n, plot=plot)}
-    elif suite == "s3" or (suite is None and questions is None and trained_on == "permutations"):
-        others = {"--questions": questions, "--harder": harder, "--missing": missing}
-        _refuse(others, "is for the reasoning suite; s3 takes --lengths, --loops, --exit and --n")
-        stairs = _staircase(loaded.model, run=run, lengths=lengths, loops=loops, n=n, exit_=exit_rule)
-        scores = {"suite": "s3", **stairs}
-    else:
-        _refuse({"--lengths": lengths}, "is for the s3 suite; the reasoning suite takes --n and --loops")
-        if questions is not None and (n is not None or harder is not None):
-            raise ConfigError("--n and --harder choose generated questions; with --questions all of the file is scored")
-        early = None if exit_rule is None else early_exit(exit_rule, run=run, missing=missing)
-        options: dict[str, Any] = {"loops": loops, "n": n, "questions": questions, "harder": harder}
-        scores = {"suite": "reasoning", **_reasoning(loaded, run=run, early=early, **options)}
-    if json_out is not None:
-        _write_json(json_out, {"run": run, **scores})
+    with stdout_for_json(json_out):
+        if suite == "loops":
+            others = {"--questions": questions, "--harder": harder, "--lengths": lengths, "--exit": exit_rule}
+            _refuse(others, "is for the other suites; loops takes --n, --loops, --data and --plot")
+            scores = _dial(loaded, run=run, loops=loops, n=n, data=data, plot=plot)
+        elif suite == "s3":
+            others = {"--questions": questions, "--harder": harder, "--missing": missing}
+            _refuse(others, "is for the reasoning suite; s3 takes --lengths, --loops, --exit and --n")
+            _refuse({"--data": data}, NO_TEXT)
+            scores = _staircase(loaded.model, run=run, lengths=lengths, loops=loops, n=n, exit_=exit_rule)
+        else:
+            _refuse({"--lengths": lengths}, "is for the s3 suite; the reasoning suite takes --n and --loops")
+            _refuse({"--data": data}, NO_TEXT)
+            if questions is not None and (n is not None or harder is not None):
+                raise ConfigError(
+                    "--n and --harder choose generated questions; with --questions all of the file is scored"
+                )
+            early = None if exit_rule is None else early_exit(exit_rule, run=run, missing=missing)
+            options: dict[str, Any] = {"loops": loops, "n": n, "questions": questions, "harder": harder}
+            scores = _reasoning(loaded, run=run, early=early, **options)
+    write_json(json_out, {"run": run, "suite": suite, **scores})
 
 
 def demo(
     minutes: Annotated[float, typer.Option(help="Wall time of the whole demo.")] = 23.0,
     out: Annotated[Path, typer.Option(help="Folder for runs, plots and report.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Seed of both trainings.")] = 0,
+    seed: Annotated[int, count_option("--seed", help="Seed of all trainings.", least=0)] = 0,
 ) -> None:
-    """Everything once: the built-in reasoner, the loop staircase, a reasoner trained from nothing, and a report."""
+    """Everything once: the built-in reasoner, the loop staircase, a reasoner trained from nothing, and a report.
+
+    Examples:
+
+        looplm demo
+        looplm demo --minutes 5 --out quick
+    """
     from looplm.cli.demo import run_demo
 
     run_demo(minutes=minutes, out=out, seed=seed)
@@ -123,14 +162,28 @@ def calibrate(
         str | None,
         typer.Option(help="For text: keys of the loops left out, recompute or last.", show_default="recompute"),
     ] = None,
-    n: Annotated[int, typer.Option("--n", help="Fresh questions to calibrate on, all tasks together.")] = 1000,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write all trials here.", show_default=False)] = None,
+    n: Annotated[
+        int, count_option("--n", help="Fresh questions to calibrate on, all tasks together.", most=MOST_QUESTIONS)
+    ] = 1000,
+    device: Device = "cpu",
+    dtype: DType = "fp32",
+    json_out: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write all trials to this file; - prints them and nothing else.", metavar="FILE"),
+    ] = None,
 ) -> None:
-    """Find the exit rule that saves most loops and keeps the accuracy, and store it in the run (exit.json)."""
-    from looplm.checkpoint import load_run, run_folder
+    """Find the exit rule that saves most loops and keeps the accuracy, and store it in the run (exit.json).
+
+    Examples:
+
+        looplm calibrate runs/s3 --lengths 12,24
+        looplm calibrate runs/deep --rule entropy --max-loss 0.01
+        looplm eval runs/deep --exit calibrated
+    """
+    from looplm.checkpoint import run_folder
+    from looplm.cli.arguments import open_run
     from looplm.cli.progress import CountProgress
     from looplm.cli.show import trials_table
-    from looplm.errors import ConfigError
     from looplm.eval.exits import FILE, GRIDS, TEXT_GRIDS, as_calibration, as_record, check_promise, weights_name
     from looplm.eval.exits import calibrate as find
     from looplm.infer.decoders import EarlyExit
@@ -142,10 +195,9 @@ def calibrate(
     if rule is not None and ":" in rule:
         raise ConfigError(f"--rule {rule!r} names a threshold, which is what is looked for; give the kind alone")
     folder = run_folder(run)
-    for option, path in (("--json", json_out), ("RUN", folder / FILE)):
-        if path is not None:
-            _check_writable(path, option=option)
-    loaded = load_run(run)
+    check_json(json_out)
+    check_writable(folder / FILE, option="RUN")
+    loaded = open_run(run, device=device, dtype=dtype)
     is_s3 = loaded.config.get("data", {}).get("kind") == "permutations"
     early = EarlyExit.parse(rule or ("latent" if is_s3 else "entropy"), missing=missing)
     kind = early.rule.kind
@@ -159,16 +211,16 @@ def calibrate(
         make, asked = _question_trials(loaded, run=run, loops=loops, n=n, missing=early.missing)
     with CountProgress("measuring", n * (1 + len(grids[kind]))) as progress:
         tried, best = find(make(progress), kind=kind, max_loss=max_loss, confidence=confidence)
-    trials_table(tried, best, confidence=confidence)
     promise: dict[str, Any] = {"max_loss": max_loss, "confidence": confidence, "missing": early.missing, "asked": asked}
     found = as_calibration(best, **promise, weights=weights_name(folder))
     found.save(folder)
-    typer.echo(
-        f"{found.rule}: {100 * best.saved:.0f} % fewer loops; at most {100 * found.bound:.2f} points lost with "
-        f"confidence {confidence:g}. Stored in {folder / FILE}; use it with --exit calibrated"
-    )
-    if json_out is not None:
-        _write_json(json_out, {"run": run, "trials": [as_record(trial, confidence=confidence) for trial in tried]})
+    with stdout_for_json(json_out):
+        trials_table(tried, best, confidence=confidence)
+        typer.echo(
+            f"{found.rule}: {100 * best.saved:.0f} % fewer loops; at most {100 * found.bound:.2f} points lost with "
+            f"confidence {confidence:g}. Stored in {folder / FILE}; use it with --exit calibrated"
+        )
+    write_json(json_out, {"run": run, "trials": [as_record(trial, confidence=confidence) for trial in tried]})
 
 
 def _sequence_trials(loaded: Any, *, lengths: str, loops: str, n: int) -> tuple[Any, str]:
@@ -190,7 +242,6 @@ def _sequence_trials(loaded: Any, *, lengths: str, loops: str, n: int) -> tuple[
 def _question_trials(loaded: Any, *, run: str, loops: str | None, n: int, missing: Any) -> tuple[Any, str]:
     """How trials on the reasoning suite are made, given who hears of the progress, and what they ask."""
     from looplm.cli.arguments import loop_counts
-    from looplm.errors import ConfigError
     from looplm.eval.exits import CALIBRATION_SEED, QuestionTrials
     from looplm.eval.reasoning import as_reasoner
 
@@ -210,7 +261,7 @@ def _question_trials(loaded: Any, *, run: str, loops: str | None, n: int, missin
 def _staircase(
     model: Any, *, run: str, lengths: str | None, loops: str | None, n: int | None, exit_: str | None
 ) -> dict[str, Any]:
-    from looplm.cli.arguments import early_exit, numbers
+    from looplm.cli.arguments import numbers
     from looplm.cli.progress import CountProgress
     from looplm.cli.show import staircase_table
     from looplm.eval.staircase import LENGTHS, LOOPS, N_SEQUENCES, evaluate_staircase, loops_for
@@ -235,27 +286,31 @@ def _staircase(
     return {**beside, "rows": [row.as_dict() for row in rows]}
 
 
-def _dial(loaded: Any, *, loops: str | None, n: int | None, plot: Path | None) -> dict[str, Any]:
-    import importlib.util
-
+def _dial(
+    loaded: Any, *, run: str, loops: str | None, n: int | None, data: Path | None, plot: Path | None
+) -> dict[str, Any]:
+    from looplm.checkpoint import run_folder
     from looplm.cli.arguments import loop_counts
     from looplm.cli.progress import CountProgress
     from looplm.cli.show import dial_table
-    from looplm.errors import ConfigError
-    from looplm.eval.loops import dial_counts, measure_dial, trained_depth
+    from looplm.eval.held_out import located_text
+    from looplm.eval.loops import TEXT_KINDS, dial_counts, dial_work, measure_dial, trained_depth
     from looplm.eval.plots import dial_plot
 
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot draws with matplotlib, which is not installed: pip install 'looplm[plot]'")
+    if loaded.config.get("data", {}).get("kind") in TEXT_KINDS:
+        _refuse({"--n": n}, "counts questions or sequences; of a text all that is held out is scored")
+        text = located_text(loaded, folder=run_folder(run), given=data)
+        loaded.config["data"] = text.model_dump(mode="json")
+    else:
+        _refuse({"--data": data}, NO_TEXT)
     trained = trained_depth(loaded)
     counts = sorted({*(loop_counts(loops) if loops is not None else dial_counts(trained)), trained})
     default = 200 if loaded.config["data"]["kind"] == "permutations" else 100
-    with CountProgress("measuring", len(counts)) as progress:
+    with CountProgress("measuring loops", dial_work(counts, trained=trained)) as progress:
         dial = measure_dial(loaded, counts=counts, n=n or default, on_progress=progress)
     dial_table(dial)
     if plot is not None:
-        plot.write_bytes(dial_plot(dial))
-        typer.echo(f"wrote {plot}")
+        write_file(plot, dial_plot(dial, form=plot.suffix.lower().removeprefix(".")), option="--plot")
     return dial.as_dict()
 
 
@@ -307,47 +362,18 @@ def _reasoning(
     }
 
 
-def _check_given(*, n: int | None, suite: str | None, missing: str | None, exit_rule: str | None) -> None:
+def _check_given(*, suite: str | None, missing: str | None, exit_rule: str | None) -> None:
     """Refuse what is wrong whatever the run."""
-    from looplm.errors import ConfigError
+    from looplm.config import did_you_mean
 
-    if n is not None and n < 1:
-        raise ConfigError(f"--n {n} is too small; give 1 or more")
-    if suite not in (None, "reasoning", "s3", "loops"):
-        raise ConfigError(f"no suite {suite!r}; there is reasoning, s3 and loops")
+    if suite not in (None, *SUITES):
+        raise ConfigError(f"no suite {suite!r}{did_you_mean(suite, SUITES)} Suites: {', '.join(SUITES)}.")
     if missing is not None and exit_rule is None:
         raise ConfigError("--missing says what --exit leaves out; give --exit too")
 
 
 def _refuse(options: dict[str, Any], reason: str) -> None:
     """Refuse options that the chosen suite would ignore."""
-    from looplm.errors import ConfigError
-
     for option, value in options.items():
         if value is not None:
             raise ConfigError(f"{option} {reason}")
-
-
-def _check_writable(path: Path, *, option: str) -> None:
-    """Refuse a place that cannot take the results, before they are worked out."""
-    import os
-
-    from looplm.errors import ConfigError
-
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise ConfigError(f"{option} {str(path)!r}: the folder {str(folder)!r} does not exist; make it first")
-    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise ConfigError(f"{option} {str(path)!r} cannot be written; give a file in a folder of yours")
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    import json
-
-    from looplm.errors import ConfigError
-
-    try:
-        path.write_text(json.dumps(data, indent=1), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--json {str(path)!r} cannot be written ({error.strerror})") from None
-    typer.echo(f"wrote {path}")

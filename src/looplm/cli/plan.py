@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from looplm.cli.arguments import JsonSwitch, count_option, refuse_file_for_json
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -19,25 +21,36 @@ def plan(
     gpu: Annotated[str, typer.Option(help="h100, h200, b200, a100-80, a100-40, l40s, l4 or rtx-4090.")] = "h100",
     gpus: Annotated[str, typer.Option(help="Numbers of GPUs.")] = "1,2,4,8,16,32,64",
     tokens: Annotated[
-        float | None,
-        typer.Option(help="Tokens, as 20e9.", show_default="the config's tokens, steps or flops, else 20 a parameter"),
+        int | None,
+        count_option(
+            "--tokens",
+            help="Tokens, as 20e9.",
+            show_default="the config's tokens, steps or flops, else 20 a parameter",
+        ),
     ] = None,
     mfu: Annotated[float, typer.Option(help="Share of the GPU's peak that training reaches.")] = 0.4,
     price: Annotated[
         float | None, typer.Option(help="Dollars per GPU and hour.", show_default="an assumption for each GPU")
     ] = None,
-    json_out: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_out: JsonSwitch = False,
 ) -> None:
-    """Parameters, FLOPs, memory per GPU, hours and dollars of a run. Reads no data and takes no GPU."""
+    """Parameters, FLOPs, memory per GPU, hours and dollars of a run. Reads no data and takes no GPU.
+
+    Examples:
+
+        looplm plan pretrain --gpu h100 --gpus 1,8 --tokens 20e9
+        looplm plan mine.yaml data.row_len=2048 --price 2.5 --json
+    """
     import json
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from looplm.cli.arguments import numbers
+    from looplm.cli.tables import print_table
     from looplm.train.needs import USABLE, find_gpu, needs
     from looplm.train.run import resolve_run
 
+    if json_out:
+        refuse_file_for_json([word for word in overrides or [] if "=" not in word], json_out=json_out)
     kind = find_gpu(gpu)
     counts = numbers(gpus, option="--gpus")
     config = resolve_run(recipe, overrides=overrides or [], model=model)
@@ -56,10 +69,9 @@ def plan(
     typer.echo(
         f"micro-batch  {batch.n_rows} rows of {batch.row_len} tokens; {found.accumulate} a step, shared by the GPUs"
     )
-    console = Console()
-    console.print(_memory(found))
+    print_table(_memory(found))
     typer.echo(f"GB per GPU; fits: {USABLE:.0%} of the {kind.memory_gb:g} GB of {gpu} hold it.\n")
-    console.print(_cost(found))
+    print_table(_cost(found))
     dollars = kind.price if price is None else price
     typer.echo(
         f"At {mfu:.0%} of {kind.tflops:g} TFLOP/s and {dollars:g} dollars per GPU and hour"

@@ -64,9 +64,13 @@ class TrainingProgress:
 
 
 class CountProgress:
-    """A bar over a known number of things."""
+    """A bar over a known number of things in a terminal, a line now and then elsewhere; all of it on stderr."""
 
     def __init__(self, label: str, total: int) -> None:
+        self.label, self.total = label, total
+        self.is_terminal = sys.stderr.isatty()
+        self._n_done = 0.0
+        self._last_line = time.perf_counter()
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -74,7 +78,7 @@ class CountProgress:
             TimeElapsedColumn(),
             console=Console(stderr=True),
             transient=True,
-            disable=not sys.stderr.isatty(),
+            disable=not self.is_terminal,
         )
         self._task = self._bar.add_task(label, total=total)
 
@@ -88,7 +92,12 @@ class CountProgress:
         self._bar.stop()
 
     def __call__(self, n_more: float) -> None:
+        self._n_done += n_more
         self._bar.advance(self._task, n_more)
+        now = time.perf_counter()
+        if not self.is_terminal and now - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            print(f"{self.label} {self._n_done:,.0f} of {self.total:,}", file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from looplm.cli.tables import print_table
 from looplm.eval.exits import Trial
 from looplm.eval.interval import Score
 from looplm.eval.loops import Dial
@@ -28,7 +29,7 @@ def reasoning_table(title: str, columns: Mapping[str, Mapping[str, Score | str]]
     for task in tasks:
         cells = [scores.get(task, "-") for scores in columns.values()]
         table.add_row(escape(task), *(percent(cell) if isinstance(cell, Score) else cell for cell in cells))
-    Console().print(table)
+    print_table(table)
 
 
 def dial_table(dial: Dial) -> None:
@@ -43,9 +44,8 @@ def dial_table(dial: Dial) -> None:
         size = "-" if state is None else f"{state.norm:.2f}"
         mark = " *" if row.loops == dial.trained else ""
         table.add_row(f"{row.loops}{mark}", percent(row.score), f"{row.loss:.4f}", change, size)
-    console = Console()
-    console.print(table)
-    console.print(f"[dim]* trained depth[/dim]\n{escape(dial.verdict)}")
+    print_table(table)
+    Console().print(f"[dim]* trained depth[/dim]\n{escape(dial.verdict)}")
 
 
 def trials_table(trials: Sequence[Trial], chosen: Trial, *, confidence: float) -> None:
@@ -65,9 +65,8 @@ def trials_table(trials: Sequence[Trial], chosen: Trial, *, confidence: float) -
             str(trial.n_broken),
             f"{100 * trial.bound(confidence):.2f}",
         )
-    console = Console()
-    console.print(table)
-    console.print("[dim]* chosen; broken: right at full depth and wrong with the rule[/dim]")
+    print_table(table)
+    Console().print("[dim]* chosen; broken: right at full depth and wrong with the rule[/dim]")
 
 
 def _exact(row: Row) -> str:
@@ -88,7 +87,7 @@ def staircase_table(title: str, models: Mapping[str, Sequence[Row]]) -> None:
             cells = {row.length: _exact(row) for row in rows if row.rule == rule}
             table.add_row(name, rule, *(cells.get(length, "-") for length in lengths))
         table.add_section()
-    Console().print(table)
+    print_table(table)
     n = next(iter(models.values()))[0].exact.n
     Console().print(
         f"[dim]{n} fresh sequences a cell; 95 % interval at 100 %: [{100 * Score(n, n).interval[0]:.1f}, 100][/dim]"

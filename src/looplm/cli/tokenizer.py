@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from looplm.cli.arguments import Field, Sources, fields
+from looplm.cli.arguments import Field, Sources, count_option, fields
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -34,18 +34,27 @@ def tokenizer() -> None:
 def train(
     sources: Sources = None,
     out: Annotated[Path, typer.Option(help="Folder to save it in.")] = Path("tokenizer"),
-    vocab: Annotated[int, typer.Option(help="Tokens in all, 14 tags and 256 bytes among them.")] = 65536,
+    vocab: Annotated[int, count_option("--vocab", help="Tokens in all, 14 tags and 256 bytes among them.")] = 65536,
     digits: Annotated[
-        int, typer.Option(help="Most digits in one token, 1 to 3. One is best for arithmetic, 3 for short texts.")
+        int,
+        count_option(
+            "--digits", help="Most digits in one token, 1 to 3. One is best for arithmetic, 3 for short texts."
+        ),
     ] = 1,
     field: Field = None,
     sample_bytes: Annotated[
-        int, typer.Option(help="Most text to learn from, in bytes, an equal share of each source.")
+        int,
+        count_option("--sample-bytes", help="Most text to learn from, in bytes, an equal share of each source."),
     ] = 1_000_000_000,
 ) -> None:
     """Train a byte-level BPE tokenizer and say how well it compresses each source.
 
     It is saved in the form that Hugging Face reads, with a chat template. Ctrl-C stops and writes nothing.
+
+    Examples:
+
+        looplm tokenizer train texts/ --vocab 32768 --out tok
+        looplm tokenizer train builtin:python --sample-bytes 5e7 --out tok
     """
     from looplm.cli.progress import CountProgress
     from looplm.data.bpe import check_new, check_options, save_tokenizer, train_bpe

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from looplm.cli.arguments import count_option
+
 
 def train(
     arguments: Annotated[
@@ -20,11 +22,17 @@ def train(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Another model preset or YAML file.", show_default=False)] = None,
     minutes: Annotated[float | None, typer.Option(help="Budget of wall time.", show_default=False)] = None,
-    steps: Annotated[int | None, typer.Option(help="Budget of optimizer updates.", show_default=False)] = None,
-    tokens: Annotated[int | None, typer.Option(help="Budget of tokens.", show_default=False)] = None,
+    steps: Annotated[
+        int | None, count_option("--steps", help="Budget of optimizer updates.", show_default=False)
+    ] = None,
+    tokens: Annotated[
+        int | None, count_option("--tokens", help="Budget of tokens, as 5e6.", show_default=False)
+    ] = None,
     flops: Annotated[float | None, typer.Option(help="Budget of FLOPs, as 1e15.", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights, data and plans.", show_default=False)] = None,
-    keep: Annotated[int | None, typer.Option(help="Newest checkpoints kept.", show_default="2")] = None,
+    seed: Annotated[
+        int | None, count_option("--seed", help="Seed of weights, data and plans.", least=0, show_default=False)
+    ] = None,
+    keep: Annotated[int | None, count_option("--keep", help="Newest checkpoints kept.", show_default="2")] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Continue this run folder instead of starting a new one.", show_default=False)
     ] = None,
@@ -32,6 +40,12 @@ def train(
     """Train a model. Ctrl-C saves a checkpoint and says how to continue.
 
     On several GPUs or machines: torchrun --nproc-per-node N -m looplm train ...
+
+    Examples:
+
+        looplm train reason --minutes 15 --out runs/r
+        looplm train text data.path=book.txt --tokens 5e6 --seed 1
+        looplm train --resume runs/r
     """
     from looplm.cli.progress import TrainingProgress
     from looplm.dist import is_main

@@ -1,5 +1,6 @@
 """`looplm watch` and `looplm report`: a run while it goes on, and afterwards."""
 
+import math
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console, Group
+    from rich.console import Group
 
-BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
+BARS = "▁▂▃▄▅▆▇█"
+ASCII_BARS = "_.-=+*%#"  # for terminals and files that have no other characters
+NARROW = 80  # columns below which a curve and its numbers stand on lines of their own
 SHOWN = {  # what is told of the newest record, and how
     "loss": "{:.4f}",
     "val_bpb": "{:.4f} bits per byte, held out",
@@ -27,6 +30,7 @@ SHOWN = {  # what is told of the newest record, and how
     "memory_gb": "{:.2f}",
     "waiting_share": "{:.1%} of the time, for data",
 }
+MOST_SECONDS = 1e6
 CURVES = ("loss", "val_bpb", "val_loss", "tokens_per_second")
 
 RunArgument = Annotated[Path, typer.Argument(help="A run folder of `looplm train`.")]
@@ -39,28 +43,35 @@ def watch(
     ] = False,
     every: Annotated[float, typer.Option(help="Seconds between looks.")] = 1.0,
 ) -> None:
-    """Watch a run in the terminal: curves, newest numbers, the newest sample. Ctrl-C ends it; the run goes on."""
+    """Watch a run in the terminal: curves, newest numbers, the newest sample. Ctrl-C ends it; the run continues.
+
+    Examples:
+
+        looplm watch runs/r
+        looplm watch runs/r --once
+    """
     from rich.console import Console
     from rich.live import Live
 
     from looplm.errors import ConfigError
 
-    if every <= 0:
-        raise ConfigError(f"--every {every:g} has to be more than 0")
+    if not 0 < every < MOST_SECONDS:
+        raise ConfigError(f"--every {every:g} has to be more than 0 and less than {MOST_SECONDS:g} seconds")
     console = Console()
+    bars = ASCII_BARS if console.options.ascii_only else BARS
     if once or not console.is_terminal:
-        console.print(_view(run, console))
+        console.print(_view(run, width=console.width, bars=bars))
         return
     try:
         with Live(console=console, auto_refresh=False) as live:
             while True:
-                live.update(_view(run, console), refresh=True)
+                live.update(_view(run, width=console.width, bars=bars), refresh=True)
                 time.sleep(every)
     except KeyboardInterrupt:
         pass
 
 
-def _view(run: Path, console: "Console") -> "Group":
+def _view(run: Path, *, width: int, bars: str) -> "Group":
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -69,7 +80,6 @@ def _view(run: Path, console: "Console") -> "Group":
     from looplm.telemetry.history import read_history, series
     from looplm.telemetry.sinks import METRICS, SAMPLES
 
-    width, bars = console.width, BARS if console.encoding.startswith("utf") else ASCII_BARS
     records = read_history(run)
     if not records:
         return Group(Text(f"{run}: no step is logged yet"))
@@ -78,26 +88,32 @@ def _view(run: Path, console: "Console") -> "Group":
     progress = float(newest.get("progress", 0))
     state = "done" if progress >= 1 else f"last heard of {age:.0f} s ago"
     title = Text(f"{run}  step {newest['step']:,}  {_clock(float(newest.get('seconds', 0)))}  {state}", style="bold")
-    table = Table.grid(padding=(0, 2))
-    for _ in range(3):
-        table.add_column(no_wrap=True)
+    curves = Table.grid(padding=(0, 2))
     for name in CURVES:
-        steps, values = series(records, name)
+        found = [pair for pair in zip(*series(records, name), strict=True) if math.isfinite(pair[1])]
+        values = [value for _, value in found]
         if len(values) > 1:
-            curve = sparkline(values, width=max(10, min(60, width - 60)), bars=bars)
-            table.add_row(name, curve, f"{values[0]:,.4g} at step {steps[0]:,.0f}, now {values[-1]:,.4g}")
+            room = width if width < NARROW else width - 60
+            curve = sparkline(values, width=max(10, min(60, room)), bars=bars)
+            told = f"{values[0]:,.4g} at step {found[0][0]:,.0f}, now {values[-1]:,.4g}"
+            if width < NARROW:
+                curves.add_row(f"{name}  {told}")
+                curves.add_row(curve)
+            else:
+                curves.add_row(name, curve, told)
     numbers = Table.grid(padding=(0, 2))
     for name, form in SHOWN.items():
-        found = series(records, name)[1]
-        if found:
-            numbers.add_row(name, form.format(found[-1]))
+        newest_of = series(records, name)[1][-1:]
+        if newest_of:
+            told = form.format(*newest_of)
+            numbers.add_row(*([f"{name}  {told}"] if width < NARROW else [name, told]))
     bar = Table.grid()
-    bar.add_row(ProgressBar(total=1.0, completed=progress, width=min(60, width)), f" {progress:.0%}")
+    bar.add_row(ProgressBar(total=1.0, completed=progress, width=min(60, width - len(" 100%"))), f" {progress:.0%}")
     sample = Text("", end="")
     if (run / SAMPLES).is_file():
         lines = (run / SAMPLES).read_text(encoding="utf-8", errors="replace").splitlines()
         sample = Text(f"newest sample: {lines[-1] if lines else '-'}", style="dim")
-    return Group(title, bar, table, numbers, sample)
+    return Group(title, bar, curves, numbers, sample)
 
 
 def sparkline(values: list[float], *, width: int, bars: str = BARS) -> str:
@@ -119,10 +135,17 @@ def report(
     run: RunArgument,
     out: Annotated[Path | None, typer.Option(help="HTML file.", show_default="RUN/report.html")] = None,
 ) -> None:
-    """Write one HTML file about a run: curves, its newest numbers, samples, config."""
+    """Write one HTML file about a run: curves, its newest numbers, samples, config.
+
+    Examples:
+
+        looplm report runs/r
+        looplm report runs/r --out r.html
+    """
     import importlib.util
 
-    from looplm.checkpoint import CONFIG, run_folder, write_text
+    from looplm.checkpoint import CONFIG, run_folder
+    from looplm.cli.outputs import check_ending, check_writable, write_file
     from looplm.errors import ConfigError
     from looplm.eval.plots import history_plot
     from looplm.eval.report import Report
@@ -132,6 +155,9 @@ def report(
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("report draws with matplotlib, which is not installed: pip install 'looplm[plot]'")
     folder = run_folder(run)
+    path = out or folder / "report.html"
+    check_ending(path, (".html", ".htm"), option="--out")
+    check_writable(path, option="--out")
     records = read_history(folder)
     if not records:
         raise ConfigError(f"{str(run)!r} has logged no step yet; there is nothing to report")
@@ -152,6 +178,4 @@ def report(
             page.code(line)
     page.heading("Config")
     page.code((folder / CONFIG).read_text(encoding="utf-8"))
-    path = out or folder / "report.html"
-    write_text(path, page.html())
-    typer.echo(f"wrote {path}")
+    write_file(path, page.html().encode(), option="--out")

@@ -275,7 +275,7 @@ class PreparedSource:
     def _stack(self, rows: Sequence[tuple[str, int]], phase: Phase) -> "Batch":
         import torch  # here, so that looking at a prepared folder takes none
 
-        from looplm.data.pack import Batch
+        from looplm.data.pack import IGNORE, Batch
 
         row_len = phase.row_len
         # (n_rows, row_len + 1): targets are the inputs moved by one token

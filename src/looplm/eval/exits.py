@@ -19,10 +19,10 @@ import torch
 
 from looplm.checkpoint import weights_folder, write_text
 from looplm.data.tasks import REASONING, permutations
-from looplm.errors import CheckpointError, ConfigError
+from looplm.errors import CheckpointError, ConfigError, LooplmError
 from looplm.eval.interval import Score
 from looplm.eval.reasoning import evaluate, held_out_questions
-from looplm.eval.staircase import check_model, loops_for
+from looplm.eval.staircase import check_lengths, check_model, loops_for
 from looplm.infer.decoders import EarlyExit, Missing
 from looplm.infer.depth import mean_depth, score_sequences
 from looplm.infer.exits import ExitRule, RuleKind
@@ -33,6 +33,9 @@ from looplm.reading import read_json
 FILE = "exit.json"  # of a run folder
 CALIBRATION_SEED = 20261125  # other sequences than any that are scored
 N_SEQUENCES = 1000
+# Full depth has to be right at least this often: more than guessing reaches on any suite. Of less there is little to
+# lose, and a bound on what is lost would say nothing about the rule.
+LEAST_ACCURACY = 0.25
 GRID = tuple(factor * 10.0**power for power in range(-4, 0) for factor in (1, 2, 5))
 GRIDS: dict[RuleKind, tuple[float, ...]] = {
     "latent": GRID,
@@ -106,7 +109,7 @@ def load_exit(run: Path) -> EarlyExit:
     try:
         stored = read_json(path, error=CheckpointError)
         early, calibrated = EarlyExit(ExitRule.parse(str(stored["rule"])), stored["missing"]), str(stored["weights"])
-    except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (LooplmError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{str(path)!r} is not a calibration ({error}); make it again with `looplm calibrate`"
         ) from None
@@ -153,6 +156,25 @@ def check_promise(n: int, *, max_loss: float, confidence: float) -> None:
         )
 
 
+def check_worth_keeping(full: Score, *, max_loss: float) -> None:
+    """Refuse to promise that a model keeps an accuracy that it does not have.
+
+    Raises:
+        ConfigError: full depth is right too seldom, or max_loss is more than half of what there is to lose.
+    """
+    shown = f"full depth is right on {full.n_right:,} of {full.n:,} ({100 * full.accuracy:.1f} %)"
+    if full.accuracy < LEAST_ACCURACY:
+        raise ConfigError(
+            f"{shown}, and an exit rule could only promise to keep that: train the model, or choose loops or questions "
+            f"where it is right on {LEAST_ACCURACY:.0%} or more"
+        )
+    if full.accuracy < 2 * max_loss:
+        raise ConfigError(
+            f"{shown}, and a loss of {max_loss:g} is more than half of it: give a --max-loss of at most "
+            f"{full.accuracy / 2:.2g}"
+        )
+
+
 class Trials(ABC):
     """Held-out questions, with what full depth makes of them."""
 
@@ -190,6 +212,7 @@ class SequenceTrials(Trials):
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
         check_model(model)
+        check_lengths(model, lengths)
         self.model, self.batch_size, self.on_progress = model, batch_size, on_progress
         self.ids: list[torch.Tensor] = []
         self.answers: list[torch.Tensor] = []
@@ -213,7 +236,7 @@ class SequenceTrials(Trials):
             on_progress=self.on_progress,
         )
         right = [
-            bool((each.logits[1:].argmax(-1) == answers).all())
+            bool((each.logits[1:].argmax(-1).cpu() == answers).all())
             for each, answers in zip(scored, self.answers, strict=True)
         ]
         return torch.tensor(right), mean_depth(scored)
@@ -255,9 +278,12 @@ def calibrate(trials: Trials, *, kind: RuleKind, max_loss: float, confidence: fl
     """All that was tried, strictest first, and the loosest rule of `kind` that keeps the promise.
 
     Raises:
-        ConfigError: too few sequences for the promise, or even the strictest threshold breaks it.
+        ConfigError: too few sequences for the promise, too few of them right at full depth, or even the strictest
+            threshold breaks it.
     """
     check_promise(trials.n, max_loss=max_loss, confidence=confidence)
+    full = Score(int(trials.full.sum()), trials.n)
+    check_worth_keeping(full, max_loss=max_loss)
     tried: list[Trial] = []
     for threshold in trials.grids[kind]:
         tried.append(trials.run(ExitRule(kind, threshold)))

@@ -26,7 +26,7 @@ from looplm.data.sources import (
     parse_data,
 )
 from looplm.data.tasks import permutations
-from looplm.errors import CheckpointError
+from looplm.errors import CheckpointError, DataError
 from looplm.eval.interval import Score
 from looplm.eval.reasoning import FORMAT_TASK, as_reasoner, evaluate, held_out_questions
 from looplm.eval.staircase import evaluate_staircase
@@ -43,6 +43,7 @@ LOSS_SEED = 20261124
 MAX_GROWTH = 1.5
 # ... and its relative change must shrink by this factor per loop, or have become this small, to count as settling.
 SETTLING_RATE, SETTLED_CHANGE = 0.95, 1e-3
+GUESSED = 1 / 7  # of the reasoning suite: two of its seven tasks offer two answers, the others too many to guess
 
 Kind = Literal["settling", "marginal", "drifting"]
 
@@ -87,12 +88,21 @@ class Dial:
     rows: list[DialRow]
     states: list[StateAt] = field(default_factory=list)
     diagnosis: Diagnosis | None = None
+    guessed: float = 0.0
+    """Accuracy of the best guess that does not look at the question."""
 
     @property
     def verdict(self) -> str:
-        """One line, with no difference claimed that the questions do not show."""
+        """One line, with no difference claimed that the questions do not show, and nothing at all where no number of
+        loops does better than guessing."""
         at = next(row for row in self.rows if row.loops == self.trained)
         said = [f"{_loops(self.trained)}, as trained: {_percent(at.score)}"]
+        if all(row.score.interval[0] <= self.guessed for row in self.rows):
+            said.append(
+                f"no number of loops is shown to do better than guessing ({100 * self.guessed:.1f} %), so nothing "
+                "follows about loops: train longer or score more"
+            )
+            return "; ".join(said)
         half = [row for row in self.rows if row.loops == max(1, self.trained // 2) < self.trained]
         said += [f"half of them: {_percent(row.score)} ({_difference(row.score, at.score)})" for row in half]
         deeper = [row for row in self.rows if row.loops > self.trained]
@@ -113,6 +123,7 @@ class Dial:
         return {
             "trained_loops": self.trained,
             "what": self.what,
+            "guessed": self.guessed,
             "rows": [row.as_dict() for row in self.rows],
             "states": [asdict(state) for state in self.states],
             "diagnosis": asdict(self.diagnosis) if self.diagnosis else None,
@@ -139,12 +150,17 @@ def measure_dial(
     *,
     counts: Sequence[int] | None = None,
     n: int,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[float], None] | None = None,
 ) -> Dial:
     """Quality with `n` questions a task or `n` sequences at every number of loops, `trained_depth` always among them;
-    `on_progress` hears after each."""
+    `on_progress` hears how many more loops are measured, of `dial_work` in all."""
     trained, model = trained_depth(loaded), loaded.model
     counts = sorted({*(counts or dial_counts(trained)), trained})
+
+    def part(loops: float, n_parts: int) -> Callable[[int], None] | None:
+        """What hears of one or more of the `n_parts` that `loops` are measured in."""
+        return None if on_progress is None else lambda n_done: on_progress(n_done * loops / n_parts)
+
     batches, what = held_out_batches(_data(loaded)), f"{n} sequences of {trained} permutations, all positions right"
     kind = _kind(loaded)
     if kind == "reasoning":
@@ -155,18 +171,33 @@ def measure_dial(
     rows = []
     for count in counts:
         if kind == "reasoning":
-            tasks = evaluate(reasoner, questions, n_loops=count).scores
+            tasks = evaluate(reasoner, questions, n_loops=count, on_progress=part(count / 2, len(questions))).scores
             scores = [score for task, score in tasks.items() if task != FORMAT_TASK]
             score = Score(sum(each.n_right for each in scores), sum(each.n for each in scores))
         elif kind in TEXT_KINDS:
-            score = next_token_score(model, batches, n_loops=count)
+            score = next_token_score(model, batches, n_loops=count, on_batch=part(count / 2, len(batches)))
         else:
-            score = evaluate_staircase(model, lengths=[trained], rules=[str(count)], n_sequences=n)[0].exact
-        rows.append(DialRow(count, score, held_out_loss(model, batches, n_loops=count)))
-        if on_progress is not None:
-            on_progress(1)
-    states = follow_states(model, batches, n_loops=max(BEYOND * trained, 4))
-    return Dial(trained, what, rows, states, diagnose(states, trained=trained))
+            rules, hear = [str(count)], part(count / 2, 1)
+            stairs = evaluate_staircase(model, lengths=[trained], rules=rules, n_sequences=n, on_progress=hear)
+            score = stairs[0].exact
+        loss = held_out_loss(model, batches, n_loops=count, on_batch=part(count / 2, len(batches)))
+        rows.append(DialRow(count, score, loss))
+    deepest = _deepest(trained)
+    states = follow_states(model, batches, n_loops=deepest, on_batch=part(deepest, len(batches)))
+    guessed = GUESSED if kind == "reasoning" else 1 / permutations.N_ANSWERS**trained
+    if kind in TEXT_KINDS:
+        guessed = commonest_share(batches)
+    return Dial(trained, what, rows, states, diagnose(states, trained=trained), guessed)
+
+
+def dial_work(counts: Sequence[int], *, trained: int) -> int:
+    """Loops that `measure_dial` measures at these counts, those of the states among them."""
+    return sum({*counts, trained}) + _deepest(trained)
+
+
+def _deepest(trained: int) -> int:
+    """Loops over which the state is followed."""
+    return max(BEYOND * trained, 4)
 
 
 def held_out_batches(data: DataConfig, *, n_batches: int = N_BATCHES) -> list[Batch]:
@@ -183,16 +214,44 @@ def held_out_batches(data: DataConfig, *, n_batches: int = N_BATCHES) -> list[Ba
 
 
 @torch.inference_mode()
-def held_out_loss(model: LoopedLM, batches: Sequence[Batch], *, n_loops: int) -> float:
-    """Mean cross-entropy over the scored tokens of all batches, nats."""
+def held_out_loss(
+    model: LoopedLM, batches: Sequence[Batch], *, n_loops: int, on_batch: Callable[[int], None] | None = None
+) -> float:
+    """Mean cross-entropy over the scored tokens of all batches, nats.
+
+    Raises:
+        DataError: no token is scored.
+    """
     total, n_scored = 0.0, 0
-    for batch in (each.to(model.embed.weight.device) for each in batches):
+    for batch in scored_batches(model, batches):
         hidden = model.hidden(batch.ids, plan=LoopPlan(n_loops), documents=batch.documents)
         scored = batch.targets != IGNORE
         n = int(scored.sum())
         total += n * float(model.cross_entropy(hidden[scored], batch.targets[scored]))
         n_scored += n
+        if on_batch is not None:
+            on_batch(1)
     return total / n_scored
+
+
+def scored_batches(model: LoopedLM, batches: Sequence[Batch]) -> list[Batch]:
+    """The batches that change a mean, on the model's device: the mean loss of no token at all would be NaN.
+
+    Raises:
+        DataError: no token of any batch is scored.
+    """
+    found = [batch.to(model.embed.weight.device) for batch in batches if bool((batch.targets != IGNORE).any())]
+    if not found:
+        raise DataError(
+            "no token of the held-out data is scored, so nothing can be measured: hold out more text, or longer rows"
+        )
+    return found
+
+
+def commonest_share(batches: Sequence[Batch]) -> float:
+    """Share of the scored tokens that are the commonest one: what always guessing it would be right on."""
+    targets = torch.cat([batch.targets[batch.targets != IGNORE] for batch in batches])
+    return float(targets.bincount().max()) / len(targets)
 
 
 def bits_per_byte(model: LoopedLM, batches: Sequence[Batch], token_bytes: NDArray[np.int64], *, n_loops: int) -> float:
@@ -205,34 +264,43 @@ def bits_per_byte(model: LoopedLM, batches: Sequence[Batch], token_bytes: NDArra
         total += int(each.sum())
         scored.append(replace(batch, targets=batch.targets.masked_fill(each == 0, IGNORE)))
     n_scored = sum(int((batch.targets != IGNORE).sum()) for batch in scored)
-    return held_out_loss(model, scored, n_loops=n_loops) * n_scored / math.log(2) / total
+    nats = n_scored * held_out_loss(model, scored, n_loops=n_loops)  # refuses where nothing is scored
+    return nats / math.log(2) / total
 
 
 @torch.inference_mode()
-def next_token_score(model: LoopedLM, batches: Sequence[Batch], *, n_loops: int) -> Score:
+def next_token_score(
+    model: LoopedLM, batches: Sequence[Batch], *, n_loops: int, on_batch: Callable[[int], None] | None = None
+) -> Score:
     """Scored tokens whose likeliest prediction is right, over all batches."""
     n_right, n = 0, 0
-    for batch in batches:
+    for batch in scored_batches(model, batches):
         scored = batch.targets != IGNORE
         hidden = model.hidden(batch.ids, plan=LoopPlan(n_loops), documents=batch.documents)
         chosen = model.logits(hidden[scored])[:, : model.config.n_targets].argmax(-1)
         n_right += int((chosen == batch.targets[scored]).sum())
         n += int(scored.sum())
+        if on_batch is not None:
+            on_batch(1)
     return Score(n_right, n)
 
 
 @torch.inference_mode()
-def follow_states(model: LoopedLM, batches: Sequence[Batch], *, n_loops: int) -> list[StateAt]:
+def follow_states(
+    model: LoopedLM, batches: Sequence[Batch], *, n_loops: int, on_batch: Callable[[int], None] | None = None
+) -> list[StateAt]:
     """Size and relative change of the state loop by loop; fewer than n_loops where halting ends the loop."""
     norms: list[list[float]] = []
     changes: list[list[float]] = []
-    for batch in batches:
+    for batch in scored_batches(model, batches):
         states: list[torch.Tensor] = []
         model.hidden(batch.ids, plan=LoopPlan(n_loops), documents=batch.documents, states=states)
         scored = batch.targets != IGNORE
         kept = [state[scored].float() for state in states]
         norms.append([float(state.square().mean().sqrt()) for state in kept])
         changes.append([float(relative_change(old, new).mean()) for old, new in pairwise(kept)])
+        if on_batch is not None:
+            on_batch(1)
     n_loops = min(map(len, norms))
     mean_norms = np.mean([norm[:n_loops] for norm in norms], axis=0)
     mean_changes = [None, *np.mean([change[: n_loops - 1] for change in changes], axis=0)]

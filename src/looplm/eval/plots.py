@@ -98,8 +98,9 @@ def loops_plot(by_loops: Mapping[int, Mapping[str, Score]], *, trained: str) -> 
     return _png(figure)
 
 
-def dial_plot(dial: Dial) -> bytes:
-    """Quality over the number of loops, and below it how much each loop still changes the state."""
+def dial_plot(dial: Dial, *, form: str = "png") -> bytes:
+    """Quality over the number of loops, and below it how much each loop still changes the state; `form` is png, svg or
+    pdf."""
     figure, axes = _figure(7.2, 5.2, n_panels=2)
     above, below = axes
     counts = [row.loops for row in dial.rows]
@@ -114,7 +115,7 @@ def dial_plot(dial: Dial) -> bytes:
     for panel in axes:
         panel.axvline(dial.trained, color="#666666", linewidth=0.8, linestyle=":")
     above.text(dial.trained, 1, " trained", color="#666666", fontsize=8)
-    return _png(figure)
+    return _drawn(figure, form)
 
 
 def comparison_plot(columns: Mapping[str, Mapping[str, Score | float]]) -> bytes:
@@ -193,6 +194,10 @@ def _loops_label(line: Sequence[Row]) -> str:
 
 
 def _png(figure: Any) -> bytes:
+    return _drawn(figure, "png")
+
+
+def _drawn(figure: Any, form: str) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format=form)
     return buffer.getvalue()

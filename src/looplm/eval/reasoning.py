@@ -8,18 +8,21 @@ from pathlib import Path
 from looplm.checkpoint import LoadedRun, load_run
 from looplm.data.tasks import REASONING
 from looplm.data.tasks.example import Example, is_test_question
-from looplm.errors import CheckpointError, DataError
+from looplm.data.tokenizer import EOS_ID
+from looplm.errors import CheckpointError, ConfigError, DataError
 from looplm.eval.interval import Score
+from looplm.eval.lines import numbered_lines
 from looplm.infer.decoders import EarlyExit
 from looplm.infer.reasoner import MAX_NEW_TOKENS, Reasoner, Reply
 from looplm.model.loop.plan import LoopPlan
-from looplm.reading import parse_json, read_text
+from looplm.model.looped import LoopedLM
+from looplm.reading import parse_json
 
 EVAL_SEED = 20261121
 MAX_BATCH = 250
 CACHE_BYTES = 600_000_000  # of keys and values in one batch; deep plans and long prompts make smaller batches
 FORMAT_TASK = "cot_format"
-MOST_QUESTION_BYTES = 1 << 28  # some millions of questions
+MOST_IN_VAIN = 100_000  # draws without a new question, after which a task counts as exhausted
 
 
 @dataclass(frozen=True)
@@ -66,34 +69,38 @@ def as_reasoner(loaded: LoadedRun, *, run: str | Path) -> Reasoner:
 
 
 def held_out_questions(n: int, *, harder: bool = False, seed: int = EVAL_SEED) -> list[Question]:
-    """`n` different held-out questions of each task; `harder` takes them from beyond the trained ranges."""
+    """`n` different held-out questions of each task; `harder` takes them from beyond the trained ranges.
+
+    Raises:
+        ConfigError: a task has not so many of them.
+    """
     questions = []
     for name, task in REASONING.items():
         rng = random.Random(f"eval {seed} {name} {harder}")
         draw: Callable[[random.Random], Example] = task.sample_harder if harder else task.sample
         seen: set[str] = set()
+        n_in_vain = 0
         while len(seen) < n:
             example = draw(rng)
             if is_test_question(example.question) and example.question not in seen:
                 seen.add(example.question)
                 questions.append(Question(name, example.question, example.answer))
+                n_in_vain = 0
+            elif (n_in_vain := n_in_vain + 1) > MOST_IN_VAIN:
+                raise ConfigError(f"task {name} has only about {len(seen):,} held-out questions, not {n:,}; ask fewer")
     return questions
 
 
 def read_questions(path: Path) -> list[Question]:
     """Questions from JSON lines of `{"task", "question", "answer"}`."""
-    text = read_text(path, what="question file", most=MOST_QUESTION_BYTES, error=DataError)
-    lines = text.split("\n")  # JSON may hold the other line ends of str.splitlines
     questions = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path, what="question file"):
         try:
             questions.append(_question(parse_json(line)))
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             raise DataError(
                 f'{path}, line {number}: expected {{"task": ..., "question": ..., "answer": ...}}, all non-empty, '
-                f"got {line[:80]!r} ({error})"
+                f"got {_shortened(line)!r} ({error})"
             ) from None
     if not questions:
         raise DataError(f"question file {str(path)!r} holds no questions")
@@ -109,9 +116,11 @@ def evaluate(
     on_progress: Callable[[int], None] | None = None,
 ) -> Result:
     """Score all questions, with the exits of `early` if given; `on_progress` hears how many more are done."""
+    if not questions:
+        raise DataError("there is no question to score; give one or more")
     loops = LoopPlan(reasoner.model.config.n_loops if n_loops is None else n_loops).n_loops
     longest = _check_lengths(reasoner, questions)
-    batch_size = _batch_size(reasoner, n_loops=loops, n_tokens=longest + MAX_NEW_TOKENS)
+    batch_size = rows_that_fit(reasoner.model, n_loops=loops, n_tokens=longest + MAX_NEW_TOKENS)
     right: dict[str, int] = {}
     total: dict[str, int] = {}
     n_formed = 0
@@ -122,7 +131,16 @@ def evaluate(
     order = sorted(range(len(questions)), key=lambda index: (questions[index].task, len(questions[index].question)))
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        replies = reasoner.answer([questions[index].question for index in part], n_loops=loops, early=early)
+        n_ended = 0
+
+        def hear(row: int, token: int) -> None:  # a batch takes seconds: say when an answer ends
+            nonlocal n_ended
+            if token == EOS_ID and on_progress is not None:
+                n_ended += 1
+                on_progress(1)
+
+        asked = [questions[index].question for index in part]
+        replies = reasoner.answer(asked, n_loops=loops, early=early, on_token=None if on_progress is None else hear)
         for index, reply in zip(part, replies, strict=True):
             question = questions[index]
             is_right[index] = reply.completion.answer == question.answer
@@ -133,22 +151,38 @@ def evaluate(
             if not is_right[index]:
                 mistakes.append(_mistake(question, reply))
         if on_progress is not None:
-            on_progress(len(part))
+            on_progress(len(part) - n_ended)  # those that ended without the token for it
     tasks = list(dict.fromkeys(question.task for question in questions))
     scores = {task: Score(right[task], total[task]) for task in tasks}
     scores[FORMAT_TASK] = Score(n_formed, len(questions))
     return Result(loops, scores, mistakes, is_right, sum(depths) / max(1, len(depths)))
 
 
-def _question(record: dict[str, object]) -> Question:
+def _question(record: object) -> Question:
     """One record of a question file; ValueError says what is wrong with it."""
-    texts = {key: str(record[key]).strip() for key in ("task", "question", "answer") if record[key] is not None}
-    for key in ("task", "question", "answer"):
-        if not texts.get(key):
-            raise ValueError(f"{key} is empty")
+    if not isinstance(record, dict):
+        raise ValueError(f"the line is {type(record).__name__}, not an object")
+    texts = {key: _text(record, key) for key in ("task", "question", "answer")}
     if texts["task"] == FORMAT_TASK:
         raise ValueError(f"{FORMAT_TASK} is counted over all tasks and cannot be one")
     return Question(**texts)
+
+
+def _text(record: dict[str, object], key: str) -> str:
+    """One field of a record as text; an answer may be written as a number."""
+    if key not in record:
+        raise ValueError(f"{key} is missing")
+    value = record[key]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"{key} is {type(value).__name__}, not text")
+    text = str(value).strip()
+    if not text:
+        raise ValueError(f"{key} is empty")
+    return text
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _check_lengths(reasoner: Reasoner, questions: Sequence[Question]) -> int:
@@ -165,9 +199,8 @@ def _check_lengths(reasoner: Reasoner, questions: Sequence[Question]) -> int:
     return longest
 
 
-def _batch_size(reasoner: Reasoner, *, n_loops: int, n_tokens: int) -> int:
-    """Rows whose cache stays within CACHE_BYTES."""
-    model = reasoner.model
+def rows_that_fit(model: LoopedLM, *, n_loops: int, n_tokens: int) -> int:
+    """Rows of `n_tokens` whose cache stays within CACHE_BYTES, MAX_BATCH at most."""
     width = sum(heads * width for heads, width in model.config.block.attention.slot_shapes)
     per_token = model.n_slots(n_loops) * width * model.embed.weight.itemsize
     return max(1, min(MAX_BATCH, CACHE_BYTES // (per_token * min(n_tokens, model.config.seq_len))))

@@ -17,6 +17,7 @@ from looplm.model.looped import LoopedLM
 
 EVAL_SEED = 20261121
 N_SEQUENCES = 200
+BATCH_SIZE = 200
 LENGTHS = (12, 24, 32, 48, 64)
 LOOPS = ("n/2", "n", "1.5n", "2n")
 EXPRESSION = re.compile(r"(?P<factor>\d+(?:\.\d+)?)?n(?:/(?P<divisor>[1-9]\d*))?(?:\+(?P<extra>\d+))?|(?P<fixed>\d+)")
@@ -70,6 +71,14 @@ def check_model(model: LoopedLM) -> None:
         raise DataError("this model was not trained on permutations; give a run of `looplm train s3`")
 
 
+def check_lengths(model: LoopedLM, lengths: Sequence[int]) -> None:
+    """Refuse sequences that are no sequence or do not fit the model's context, before any is drawn."""
+    most = model.config.seq_len - 1  # BOS stands before them
+    for length in lengths:
+        if not 1 <= length <= most:
+            raise ConfigError(f"length {length} does not fit the model's context; give 1 to {most}")
+
+
 @torch.inference_mode()
 def evaluate_staircase(
     model: LoopedLM,
@@ -84,10 +93,11 @@ def evaluate_staircase(
     """Every length with every rule, on the same fresh sequences of that length. A sequence counts when all its
     positions are right. With `exit_rule` the tokens stop when it fires, at the latest after the rule's loops."""
     check_model(model)
-    rows = []
+    check_lengths(model, lengths)
+    if n_sequences < 1:
+        raise ConfigError(f"{n_sequences} sequences show nothing; give 1 or more")
+    rows, device = [], model.embed.weight.device
     for length in lengths:
-        if length < 1:
-            raise ConfigError(f"length {length} is not a sequence; give 1 or more")
         ids, answers = permutations.sequences(
             np.random.default_rng([seed, length]), n_sequences=n_sequences, length=length
         )
@@ -95,12 +105,13 @@ def evaluate_staircase(
             loops = loops_for(rule, length)
             mean_loops = None
             if exit_rule is None:
-                logits = model(torch.from_numpy(ids), n_loops=loops).logits
+                batches = torch.from_numpy(ids).split(BATCH_SIZE)
+                logits = torch.cat([model(batch.to(device), n_loops=loops).logits for batch in batches])
             else:
                 scored = score_sequences(model, list(torch.from_numpy(ids)), n_loops=loops, rule=exit_rule)
                 logits = torch.stack([each.logits for each in scored])
                 mean_loops = mean_depth(scored)
-            n_right = int((logits[:, 1:].argmax(-1).numpy() == answers[:, 1:]).all(axis=1).sum())
+            n_right = int((logits[:, 1:].argmax(-1).cpu().numpy() == answers[:, 1:]).all(axis=1).sum())
             rows.append(Row(length, rule, loops, Score(n_right, n_sequences), mean_loops))
             if on_progress is not None:
                 on_progress(1)

@@ -249,7 +249,7 @@ def test_train_trains_says_where_and_resumes(tmp_path: Path, tiny_reason: list[s
         (["eval", "{s3}", "--suite", "reasoning"], "has no questions"),
         (["eval", "{s3}", "--loops", "n*n"], "is not a number or a rule"),
         (["eval", "{s3}", "--no-harder"], "is for the reasoning suite"),
-        (["eval", "{s3}", "--lengths", "1000", "--loops", "1"], "do not fit the model's context"),
+        (["eval", "{s3}", "--lengths", "1000", "--loops", "1"], "not fit the model's context"),
         (["eval", "builtin:reasoner", "--lengths", "12"], "--lengths is for the s3 suite"),
         (["eval", "builtin:reasoner", "--json", "{tmp}"], "cannot be written"),
         (["generate", "builtin:reasoner", "--prompt", SUM, "--top-k", "3"], "raise temperature"),

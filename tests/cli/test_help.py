@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from commands import succeeds
-from looplm.cli.main import app
+from looplm.cli.app import app
 
 
 def leaves(group: object, words: tuple[str, ...] = ()) -> dict[tuple[str, ...], object]:

@@ -8,8 +8,9 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from looplm.errors import ConfigError
+from looplm.files import lock_folder
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -82,6 +84,14 @@ def on_main(action: Callable[[], object]) -> None:
         raise failed
     if said is not None:
         raise OSError(said)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """`lock_folder` on rank 0, for all ranks: where it is refused, all fail."""
+    with ExitStack() as stack:
+        on_main(lambda: stack.enter_context(lock_folder(folder)))
+        yield
 
 
 def from_main(value: T) -> T:

@@ -21,5 +21,5 @@ class TrainingError(LooplmError):
     """Training that cannot go on: a non-finite loss, a full disk, an unwritable folder."""
 
 
-class FolderError(LooplmError):
+class FolderError(TrainingError):
     """A folder that cannot be written into, or that another process is writing into."""

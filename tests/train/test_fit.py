@@ -27,8 +27,9 @@ from looplm.model.loop.plan import (
 from looplm.model.looped import LoopedLM
 from looplm.telemetry.sinks import JsonlSink, Record
 from looplm.train import runtime
-from looplm.train.fit import TrainConfig, fit
+from looplm.train.fit import fit
 from looplm.train.losses import next_token_loss
+from looplm.train.options import TrainConfig
 from looplm.train.run import resolve_run, resume_run, start_run
 from looplm.train.runtime import Runtime
 

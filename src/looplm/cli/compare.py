@@ -57,7 +57,11 @@ def compare(
 
     comparison = Comparison(config, folder, minutes=minutes, n_seeds=seeds, n_jobs=jobs, say=say)
     say(f"about {comparison.expected_minutes:.0f} minutes in all; what is already trained in {folder} is kept")
-    found = comparison.run()
+    try:
+        found = comparison.run()
+    except KeyboardInterrupt:
+        say("stopped; what was trained is kept, and the same command continues")
+        raise typer.Exit(130) from None
     words = ["looplm", "compare", *arguments, "--minutes", f"{minutes:g}", "--seeds", str(seeds), "--jobs", str(jobs)]
     threads = f"{comparison.n_threads} thread{'s' if comparison.n_threads > 1 else ''}"
     machine = f"{jobs} run{'s' if jobs > 1 else ''} at a time, {threads} each"

@@ -167,7 +167,7 @@ def _report_reasoner(
 def _train(recipe: str, folder: Path, *, minutes: float, seed: int, label: str) -> None:
     config = resolve_run(recipe, overrides=[f"train.minutes={minutes}", f"train.seed={seed}"])
     with TrainingProgress(label) as progress:
-        result = start_run(config, folder, observers=(progress,))
+        result = start_run(config, folder, observers=(progress,), say=progress.say)
     if result.interrupted:
         typer.echo(f"stopped in {folder}; continue with: looplm train --resume {folder}")
         raise KeyboardInterrupt

@@ -11,10 +11,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from looplm.telemetry.sinks import Record
 
 SECONDS_BETWEEN_LINES = 30.0
+BY_LOOPS = "loss_mean_"  # and the number of loops, in a record
 
 
 class TrainingProgress:
-    """An observer of `fit`: loss, loops, tokens/s and time left."""
+    """An observer of `fit`: the stages of its start, then loss (a mean of the last steps, by number of loops where they
+    differ), tokens/s and time left."""
 
     def __init__(self, label: str = "training") -> None:
         self.is_terminal = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
@@ -31,14 +33,19 @@ class TrainingProgress:
             console=Console(stderr=True),
             transient=False,
         )
-        self._task = self._bar.add_task(
-            label, total=1.0, numbers="starting: reading data, probing the machine, compiling"
-        )
+        self._task = self._bar.add_task(label, total=1.0, numbers="reading the data")
 
     def __enter__(self) -> "TrainingProgress":
         if self.is_terminal:
             self._bar.start()
+        self.say("reading the data")
         return self
+
+    def say(self, stage: str) -> None:
+        """Show what the start is at."""
+        self._bar.update(self._task, numbers=stage)
+        if not self.is_terminal and os.environ.get("RANK", "0") == "0":
+            print(f"{self.label}: {stage}", file=sys.stderr, flush=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -54,13 +61,26 @@ class TrainingProgress:
         gained = progress - self._first[1]
         left = (elapsed - self._first[0]) * (1 - progress) / gained if gained > 0 else float("nan")
         numbers = (
-            f"step {record['step']:,}  loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tok/s  "
+            f"step {record['step']:,}  {_losses(record)}  {record['tokens_per_second']:,.0f} tok/s  "
             f"waiting {record['waiting_share']:.1%}  {_clock(left)} left"
         )
         self._bar.update(self._task, completed=progress, numbers=numbers)
         if not self.is_terminal and (elapsed - self._last_line > SECONDS_BETWEEN_LINES or progress >= 1):
             self._last_line = elapsed
             print(f"{self.label} {progress:4.0%}  {numbers}", file=sys.stderr, flush=True)
+
+
+def _losses(record: Record) -> str:
+    """`loss 2.0413 (1 loop 2.50, 4 2.01, 8 1.98)`: the fewest loops, the middle, the most."""
+    by_loops = {int(name.removeprefix(BY_LOOPS)): value for name, value in record.items() if name.startswith(BY_LOOPS)}
+    counts = sorted(by_loops)
+    shown = sorted({counts[0], counts[len(counts) // 2], counts[-1]}) if counts else []
+    parts = ", ".join(f"{n}{_word(n) if n == shown[0] else ''} {by_loops[n]:.3f}" for n in shown)
+    return f"loss {record['loss_mean']:.4f}{f' ({parts})' if parts else ''}"
+
+
+def _word(n_loops: int) -> str:
+    return " loop" if n_loops == 1 else " loops"
 
 
 class CountProgress:

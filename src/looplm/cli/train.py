@@ -1,11 +1,15 @@
 """`looplm train`."""
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from looplm.cli.arguments import count_option
+
+if TYPE_CHECKING:
+    from looplm.train.fit import FitResult
 
 
 def train(
@@ -47,10 +51,8 @@ def train(
         looplm train text data.path=book.txt --tokens 5e6 --seed 1
         looplm train --resume runs/r
     """
-    from looplm.cli.progress import TrainingProgress
-    from looplm.dist import is_main
+    from looplm.config import load_preset
     from looplm.errors import ConfigError
-    from looplm.train.run import resolve_run, resume_run, start_run
 
     words = list(arguments or [])
     recipe = words.pop(0) if words and "=" not in words[0] else None
@@ -60,28 +62,54 @@ def train(
         # a budget given here replaces the preset's, whatever its unit
         overrides += [f"train.{name}={'null' if value is None else value}" for name, value in budgets.items()]
     overrides += words
-    if resume is not None:
-        if recipe is not None or out is not None or model is not None:
-            raise ConfigError("--resume continues a run as it is: leave out the recipe, --out and --model")
-        folder = resume
-        with TrainingProgress() as progress:
-            result = resume_run(resume, overrides=overrides, observers=(progress,))
-    else:
+    if resume is not None and (recipe is not None or out is not None or model is not None):
+        raise ConfigError("--resume continues a run as it is: leave out the recipe, --out and --model")
+    if resume is None:
         if recipe is None:
             raise ConfigError("no recipe given; try: looplm train reason --minutes 15 --out runs/r")
+        load_preset("run", recipe)  # a recipe that is not there is said before anything else
+    if os.environ.get("RANK", "0") == "0":
+        typer.secho("starting", dim=True)  # the imports below take a while; an error stays one line of stderr
+    from looplm.checkpoint import checkpoints
+    from looplm.cli.progress import TrainingProgress
+    from looplm.dist import is_main
+    from looplm.train.run import resolve_run, resume_run, start_run
+
+    if resume is not None:
+        folder = resume
+
+        def train_it(progress: TrainingProgress) -> "FitResult":
+            return resume_run(folder, overrides=overrides, observers=(progress,), say=progress.say)
+    else:
+        assert recipe is not None
         folder = out or Path("runs") / Path(recipe).stem
         config = resolve_run(
             recipe, overrides=overrides, model=model, on_choice=lambda text: typer.secho(text, dim=True, err=True)
         )
+
+        def train_it(progress: TrainingProgress) -> "FitResult":
+            return start_run(config, folder, observers=(progress,), say=progress.say)
+
+    try:
         with TrainingProgress() as progress:
-            result = start_run(config, folder, observers=(progress,))
+            result = train_it(progress)
+    except KeyboardInterrupt:
+        if is_main():
+            kept = checkpoints(folder)
+            typer.echo(
+                f"stopped at once; kept: {kept[-1]}; continue with: looplm train --resume {folder}"
+                if kept
+                else "stopped before the first checkpoint; there is nothing to continue",
+                err=True,
+            )
+        raise typer.Exit(130) from None
     if not is_main():
         return
     position = result.position
     share = position.seconds_waited / max(position.seconds, 1e-9)
     typer.echo(
         f"{'stopped' if result.interrupted else 'done'}: step {position.step:,}, {position.tokens:,} tokens in "
-        f"{position.seconds / 60:.1f} min, loss {result.final_loss:.4f}, {share:.1%} of the time waiting for data"
+        f"{position.seconds / 60:.1f} min, loss {result.recent_loss:.4f}, {share:.1%} of the time waiting for data"
     )
     runtime = result.runtime
     threads = f"{runtime.n_threads} thread{'s' if runtime.n_threads > 1 else ''}"

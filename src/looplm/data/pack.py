@@ -38,6 +38,15 @@ class Batch:
         """Tokens the model processes, padding included."""
         return self.ids.numel()
 
+    @property
+    def n_scored(self) -> int:
+        """Tokens that the loss is a mean over. Waits for the device: ask before the batch moves to one."""
+        return int((self.targets != IGNORE).sum())
+
+    def clone(self) -> "Batch":
+        """The same batch in memory of its own."""
+        return Batch(self.ids.clone(), self.targets.clone(), None if self.documents is None else self.documents.clone())
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
         documents = None if self.documents is None else self.documents.to(device)

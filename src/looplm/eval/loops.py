@@ -290,20 +290,22 @@ def follow_states(
     model: LoopedLM, batches: Sequence[Batch], *, n_loops: int, on_batch: Callable[[int], None] | None = None
 ) -> list[StateAt]:
     """Size and relative change of the state loop by loop; fewer than n_loops where halting ends the loop."""
-    norms: list[list[float]] = []
+    counts: list[int] = []  # scored tokens, by which the batches are weighed
+    squares: list[list[float]] = []
     changes: list[list[float]] = []
     for batch in scored_batches(model, batches):
         states: list[torch.Tensor] = []
         model.hidden(batch.ids, plan=LoopPlan(n_loops), documents=batch.documents, states=states)
         scored = batch.targets != IGNORE
         kept = [state[scored].float() for state in states]
-        norms.append([float(state.square().mean().sqrt()) for state in kept])
+        counts.append(len(kept[0]))
+        squares.append([float(state.square().mean()) for state in kept])
         changes.append([float(relative_change(old, new).mean()) for old, new in pairwise(kept)])
         if on_batch is not None:
             on_batch(1)
-    n_loops = min(map(len, norms))
-    mean_norms = np.mean([norm[:n_loops] for norm in norms], axis=0)
-    mean_changes = [None, *np.mean([change[: n_loops - 1] for change in changes], axis=0)]
+    n_loops = min(map(len, squares))
+    mean_norms = np.sqrt(np.average([square[:n_loops] for square in squares], axis=0, weights=counts))
+    mean_changes = [None, *np.average([change[: n_loops - 1] for change in changes], axis=0, weights=counts)]
     return [
         StateAt(loop, float(norm), None if change is None else float(change))
         for loop, (norm, change) in enumerate(zip(mean_norms, mean_changes, strict=True), start=1)

@@ -159,7 +159,8 @@ def arms_plot(arms: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
 def loss_plot(records: Sequence[Mapping[str, float]]) -> bytes:
     """Training loss over minutes."""
     figure, axes = _figure(7.2, 3.0)
-    axes.plot([r["seconds"] / 60 for r in records], [r["loss"] for r in records], color=COLOURS[0], linewidth=1.2)
+    told = [r for r in records if "loss" in r]  # a step without a scored token has none
+    axes.plot([r["seconds"] / 60 for r in told], [r["loss"] for r in told], color=COLOURS[0], linewidth=1.2)
     axes.set(yscale="log", xlabel="minutes", ylabel="loss, nats per token")
     axes.set_title("Training", fontsize=11, loc="left")
     return _png(figure)

@@ -7,6 +7,7 @@ import re
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -34,6 +35,7 @@ class JsonlSink:
     def __init__(self, path: Path, *, from_step: int = 0) -> None:
         self.path = path
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             _rewind(path, lambda line: _step_of(line) <= from_step)
             self._file: IO[str] = path.open("a", encoding="utf-8")
         except OSError as error:
@@ -52,38 +54,53 @@ class JsonlSink:
 
 
 class TensorBoardSink:
-    """Every number of a record as a scalar over steps. A copy for looking at: if it cannot be written it stops, and
-    metrics.jsonl, which holds the same, decides whether the run can go on."""
+    """Every number of a record as a scalar over steps."""
 
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._is_open = True
         self._writer = SummaryWriter(str(folder))
 
     def write(self, record: Record) -> None:
-        try:
-            for name, value in record.items():
-                if self._is_open:
-                    self._writer.add_scalar(name, value, int(record["step"]))
-        except OSError:
-            self._is_open = False
+        for name, value in record.items():
+            self._writer.add_scalar(name, value, int(record["step"]))
 
     def close(self) -> None:
-        with suppress(OSError):
-            self._writer.close()
+        self._writer.close()
+
+
+class Copy:
+    """A sink for looking at. Whatever goes wrong in it, it stops with one warning: metrics.jsonl, which holds the same,
+    decides whether the run can continue."""
+
+    def __init__(self, name: str, sink: Sink) -> None:
+        self.name, self.sink, self.is_open = name, sink, True
+
+    def write(self, record: Record) -> None:
+        if self.is_open:
+            self._try(partial(self.sink.write, record))
+
+    def close(self) -> None:
+        self._try(self.sink.close)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            if self.is_open:
+                logger.warning("%s gets no more records (%s); metrics.jsonl does", self.name, first_line(error))
+            self.is_open = False
 
 
 class WandbSink:
     """Every record to a project of Weights & Biases, or with WANDB_MODE=offline to RUN/wandb, for `wandb sync` later. A
-    resumed run goes on in the same place. A copy, as TensorBoard's."""
+    resumed run continues in the same place."""
 
     def __init__(self, project: str, folder: Path) -> None:
         try:
             import wandb
         except ImportError:
             raise ConfigError("train.wandb takes wandb, which is not installed: pip install 'looplm[track]'") from None
-        self._is_open, self._error = True, wandb.Error
         kept = folder / "wandb_id.txt"  # drawn once for a run, wherever its folder goes
         if not kept.exists():
             write_whole(kept, uuid.uuid4().hex[:16].encode())
@@ -104,16 +121,10 @@ class WandbSink:
             ) from None
 
     def write(self, record: Record) -> None:
-        if self._is_open:
-            try:
-                self._run.log(record, step=int(record["step"]))
-            except (self._error, OSError) as error:
-                self._is_open = False
-                logger.warning("Weights & Biases gets no more records (%s); metrics.jsonl does", error)
+        self._run.log(record, step=int(record["step"]))
 
     def close(self) -> None:
-        with suppress(self._error, OSError):
-            self._run.finish()
+        self._run.finish()
 
 
 def make_sinks(folder: Path, *, from_step: int, wandb: str | None = None) -> list[Sink]:
@@ -125,10 +136,19 @@ def make_sinks(folder: Path, *, from_step: int, wandb: str | None = None) -> lis
     sinks: list[Sink] = [JsonlSink(folder / METRICS, from_step=from_step)]
     _rewind(folder / SAMPLES, lambda line: _step_of_sample(line) <= from_step)
     if wandb is not None:
-        sinks.append(WandbSink(wandb, folder))
+        sinks.append(Copy("Weights & Biases", WandbSink(wandb, folder)))
     if importlib.util.find_spec("tensorboard") is not None:
-        sinks.append(TensorBoardSink(folder / "tensorboard"))
+        try:
+            sinks.append(Copy("TensorBoard", TensorBoardSink(folder / "tensorboard")))
+        except Exception as error:  # an installation that does not fit, a disk that is full
+            logger.warning("TensorBoard gets no records (%s); metrics.jsonl does", first_line(error))
     return sinks
+
+
+def first_line(error: Exception) -> str:
+    """What an error is and says, in one line."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}{f': {lines[0]}' if lines else ''}"
 
 
 def sample_line(step: int, text: str) -> str:

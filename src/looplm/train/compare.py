@@ -18,12 +18,14 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from looplm.checkpoint import CONFIG, LoadedRun, checkpoints, load_run, read_state, write_text
@@ -36,15 +38,18 @@ from looplm.eval.interval import T95, mean_and_half
 from looplm.eval.loops import bits_per_byte, held_out_batches, held_out_loss, trained_depth
 from looplm.eval.reasoning import as_reasoner, evaluate, held_out_questions
 from looplm.eval.staircase import evaluate_staircase
+from looplm.files import lock_folder
 from looplm.model.count import Count, count
 from looplm.reading import read_yaml
-from looplm.train.fit import Position
-from looplm.train.run import RunConfig
+from looplm.train.interrupt import WITH_PARENT, ending_like_ctrl_c
+from looplm.train.options import Position
+from looplm.train.run import RunConfig, with_absolute_paths
 
 ARMS = ("looped", "iso-parameter", "iso-FLOP", "iso-wall-time")
 RATES = (0.5, 1.0, 2.0)  # times the recipe's
 TUNING_SHARE = 0.25  # of the steps
 N_QUESTIONS, N_SEQUENCES = 100, 500  # of each task; of each length
+N_DRAWS = 256  # of the plan, to see whether it ever loops
 LENGTHS = (1, 2, 4)  # times the longest sequence trained on
 
 
@@ -86,7 +91,10 @@ class Comparison:
             raise ConfigError(f"jobs {n_jobs} and minutes {minutes:g} have to be more than 0")
         self.out, self.minutes, self.n_seeds, self.n_jobs, self.say = out, minutes, n_seeds, n_jobs, say
         self.n_threads = max(1, torch.get_num_threads() // n_jobs)  # all cores, or what OMP_NUM_THREADS leaves
-        self.configs = arms(config)
+        self.configs = arms(with_absolute_paths(config))
+        self.children: set[subprocess.Popen[str]] = set()
+        self.is_ending = False
+        self.guard = threading.Lock()  # of these two
 
     @property
     def expected_minutes(self) -> float:
@@ -96,7 +104,16 @@ class Comparison:
         return runs * self.minutes / self.n_jobs
 
     def run(self) -> list[Arm]:
-        """Train what is not yet trained, score all."""
+        """Train what is not yet trained, score all.
+
+        Raises:
+            FolderError: another comparison is at work in the folder.
+            KeyboardInterrupt: at Ctrl-C, SIGTERM and SIGHUP, once the runs that were training have saved themselves.
+        """
+        with lock_folder(self.out), ending_like_ctrl_c():
+            return self._run_all()
+
+    def _run_all(self) -> list[Arm]:
         first = self._run("looped", rate=1.0, seed=0, minutes=self.minutes * TUNING_SHARE)
         self._train([first])
         n_tuning = position(first.folder).step
@@ -164,12 +181,20 @@ class Comparison:
         """Train the runs that are not finished, `n_jobs` at a time."""
         for run in runs:
             check_is_same(run)
+        self.is_ending = False
         with ThreadPoolExecutor(self.n_jobs) as pool:
             try:
                 for _ in pool.map(self._train_one, [each for each in runs if not is_finished(each)]):
                     pass
-            finally:  # after a failure or Ctrl-C those that have not begun do not
-                pool.shutdown(cancel_futures=True)
+            except BaseException:  # after a failure or a signal none goes on unwatched: those that train save first
+                self._end_children()
+                raise
+
+    def _end_children(self) -> None:
+        with self.guard:
+            self.is_ending = True
+            for child in self.children:
+                child.terminate()
 
     def _train_one(self, run: Run) -> None:
         self.say(f"training {run.folder.name}")
@@ -179,16 +204,31 @@ class Comparison:
             run.folder.parent.mkdir(parents=True, exist_ok=True)
             recipe = run.folder.with_name(f"{run.folder.name}.yaml")
             write_text(recipe, to_yaml(run.config))
-            (run.folder / CONFIG).unlink(missing_ok=True)  # of a run cut short before its first checkpoint
             words = [str(recipe), "--out", str(run.folder)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.n_threads)}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.n_threads), WITH_PARENT: "1"}
         command = [sys.executable, "-m", "looplm", "train", *words]
-        ended = subprocess.run(
-            command, env=environment, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False
-        )
-        if ended.returncode or not is_finished(run):
-            said = "\n".join((ended.stdout + ended.stderr).splitlines()[-3:])
-            raise TrainingError(f"{run.folder.name} did not end; what was done is kept, run the command again. {said}")
+        with self.guard:
+            if self.is_ending:
+                return
+            child = subprocess.Popen(
+                command,
+                env=environment,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            self.children.add(child)
+        printed, _ = child.communicate()
+        with self.guard:
+            self.children.discard(child)
+        if child.returncode or not is_finished(run):
+            said = next((line for line in reversed(printed.splitlines()) if line.strip()), "it said nothing")
+            raise TrainingError(
+                f"{run.folder.name} did not end ({said.removeprefix('error: ')}); what was done is kept: mend that and "
+                "give the same command again"
+            )
 
 
 def arms(config: RunConfig) -> dict[str, RunConfig]:
@@ -200,11 +240,18 @@ def arms(config: RunConfig) -> dict[str, RunConfig]:
     model, data = config.model, config.data
     if model.n_loops < 2:
         raise ConfigError("the recipe's model runs 1 loop: there is no loop to compare; give model.n_loops=4")
+    if _most_loops(config) < 2:
+        raise ConfigError(
+            "the recipe's plan trains 1 loop, so that it would be compared with itself: give a plan of more, as "
+            "train.plan={kind: fixed, n_loops: 4}"
+        )
     depth = model.n_loops
     if isinstance(data, PermutationsConfig):
         depth, longest = data.max_len, LENGTHS[-1] * data.max_len + 1
         if data.gate is not None:
             raise ConfigError("data.gate draws sequences by how well a model does: give all the same, data.gate=null")
+        if depth < 2:
+            raise ConfigError("sequences of 1 are tracked in 1 loop: there is no loop to compare; give data.max_len=12")
         if longest > model.seq_len:
             raise ConfigError(
                 f"sequences of {longest} tokens are scored, and the model's context is {model.seq_len}: give "
@@ -224,6 +271,13 @@ def arms(config: RunConfig) -> dict[str, RunConfig]:
         for name, changes in (("iso-parameter", once), ("iso-FLOP", deep))
     )
     return {"looped": config, "iso-parameter": parameter, "iso-FLOP": flop, "iso-wall-time": parameter}
+
+
+def _most_loops(config: RunConfig) -> int:
+    """The most loops of some plans that the recipe draws."""
+    length = row_length(config.data)
+    draws = (np.random.default_rng(seed) for seed in range(N_DRAWS))
+    return max(config.train.plan.sample(draw, n_tokens=length, n_rows=1).n_loops for draw in draws)
 
 
 def count_trained(config: RunConfig, *, n_loops: int) -> Count:

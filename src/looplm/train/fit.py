@@ -6,45 +6,48 @@ in steps or tokens; a budget in minutes ties the learning rate to the clock).
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from looplm import dist
 from looplm.checkpoint import checkpoints, load_average, load_checkpoint, own_tensors, read_state, save_checkpoint
-from looplm.config import Config, NonNegativeInt, Number, PositiveFloat, PositiveInt, Seed
 from looplm.data.loader import Loader
 from looplm.data.pack import Batch
 from looplm.data.prepared import PreparedSource
 from looplm.data.sources import PermutationsSource, Source
-from looplm.errors import CheckpointError, ConfigError, TrainingError
+from looplm.errors import CheckpointError, ConfigError, DataError, TrainingError
+from looplm.eval.interval import Score
 from looplm.eval.loops import next_token_score
 from looplm.model.compiler import uncompiled
 from looplm.model.count import FlopsPerToken
 from looplm.model.loop.inject import NoInjectConfig
-from looplm.model.loop.plan import CurriculumPlanConfig, LoopPlan, PlanConfig, PoissonPlanConfig
+from looplm.model.loop.plan import CurriculumPlanConfig, LoopPlan, PoissonPlanConfig
 from looplm.model.looped import LoopedLM
 from looplm.model.moe import total_loads
-from looplm.optim.groups import OptimizerConfig, gradient_norm, make_optimizers, set_lr_scale
-from looplm.optim.schedule import ScheduleConfig
+from looplm.optim.groups import gradient_norm, make_optimizers, set_lr_scale
 from looplm.telemetry.meter import matmul_rate, memory_gb
 from looplm.telemetry.sinks import Record, Sink, make_sinks
+from looplm.telemetry.smooth import ShownLoss
 from looplm.train.average import MovingAverage
 from looplm.train.interrupt import interruptible
-from looplm.train.losses import ExitGateConfig, LoopLossConfig, StateLossConfig, exit_gate_loss, next_token_loss
+from looplm.train.looks import attempt
+from looplm.train.losses import Share, exit_gate_loss, next_token_loss
+from looplm.train.options import Position, TrainConfig
 from looplm.train.probes import probe_loops, worries
-from looplm.train.runtime import Runtime, RuntimeConfig, choose_runtime
+from looplm.train.runtime import Runtime, choose_runtime
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -55,107 +58,7 @@ LONG_RUN_MINUTES = 3.0  # compiling the blocks costs up to 40 s; below this it d
 LONG_RUN_STEPS = 400
 PROBE_BATCH = 10**6  # past any ramp: the probe times the batches most of the run will see
 GATE_EVERY = 20  # steps between questions whether a gated curriculum goes on
-MOST_WORKERS = 256  # processes that make batches
 PLAN_STREAM = 1  # keeps plans independent of what sources draw from (seed, batch number)
-
-
-class TrainConfig(Config):
-    """How to train. At least one budget is set; the first one reached ends the run."""
-
-    seed: Seed = 0
-    """Seeds weights, data and plans."""
-    minutes: PositiveFloat | None = None
-    """Budget of wall time, compilation included."""
-    steps: PositiveInt | None = None
-    """Budget of optimizer updates."""
-    tokens: PositiveInt | None = None
-    """Budget of tokens processed."""
-    flops: PositiveFloat | None = None
-    """Budget of FLOPs as `looplm count` counts them, every loop with its gradient."""
-    plan: PlanConfig
-    """Loops per step."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    """Optimizers and peak rates."""
-    schedule: ScheduleConfig = ScheduleConfig()
-    """Rate over the budget."""
-    label_smoothing: Number = Field(default=0.0, ge=0, lt=1)
-    """Share of each target spread over all tokens."""
-    loop_loss: LoopLossConfig | None = None
-    """Learn from the states after the earlier loops too; null for the last one alone."""
-    state_loss: StateLossConfig | None = None
-    """Keep the state small, or later loops from moving it; null for neither."""
-    exit_gate: ExitGateConfig | None = None
-    """Train a learned exit gate (model.exit.kind=gate); null where there is none."""
-    accumulate: PositiveInt = 1
-    """Micro-batches per step, those of all ranks together: the same run whatever their number."""
-    ema: Number | None = Field(default=None, gt=0, lt=1)
-    """Decay per step of an average of the weights, which is then what a checkpoint is read as; null for none."""
-    grad_clip: PositiveFloat | None = 1.0
-    """Largest global gradient norm; null for no clipping."""
-    n_workers: NonNegativeInt = Field(default=1, le=MOST_WORKERS)
-    """Processes that make batches; 0 makes them between steps."""
-    log_every: PositiveInt = 10
-    """Steps between records."""
-    probe_every: PositiveInt | None = None
-    """Steps between probes of the loops (loss and state by loop, decays, adapters, routers); null for none. One costs
-    some twenty forward passes of a model of two loops."""
-    validate_every: PositiveInt | None = None
-    """Steps between looks at held-out data (bits per byte of text, else the loss), and one at the end; null for none.
-    Takes a forward pass of up to 32 batches."""
-    checkpoint_minutes: PositiveFloat = 5.0
-    """Wall time between checkpoints; one more is written at the end."""
-    checkpoint_steps: PositiveInt | None = None
-    """Steps between checkpoints, in place of the time."""
-    keep: PositiveInt = 2
-    """Newest checkpoints kept."""
-    recompute: bool = False
-    """Activation checkpointing: keep the state between loops only and compute each loop again in the backward pass."""
-    wandb: str | None = None
-    """Project of Weights & Biases that records go to as well; null for none. WANDB_MODE=offline keeps them here."""
-    shard: bool = False
-    """Share weights, gradients and optimizer state out to the ranks (FSDP2), for models that one GPU does not hold; the
-    core is gathered once a micro-batch, whatever the number of loops. Else every rank has all of them (DDP)."""
-    runtime: RuntimeConfig = RuntimeConfig()
-    """Device, precision, compilation, threads."""
-
-    @model_validator(mode="after")
-    def _has_budget(self) -> "TrainConfig":
-        if all(budget is None for budget in (self.minutes, self.steps, self.tokens, self.flops)):
-            raise ValueError("no budget: set minutes, steps, tokens or flops")
-        for name, is_set in (("loop_loss", self.loop_loss), ("state_loss", self.state_loss)):
-            if is_set is not None and isinstance(self.plan, PoissonPlanConfig):
-                raise ValueError(
-                    f"{name} looks at all sequences after the same loop; plan kind poisson ends them apart"
-                )
-        if self.exit_gate is not None:
-            if self.loop_loss is not None or self.state_loss is not None or self.label_smoothing:
-                raise ValueError("exit_gate has a loss of its own: leave out loop_loss, state_loss and label_smoothing")
-            if isinstance(self.plan, PoissonPlanConfig) or getattr(self.plan, "n_grad", None) is not None:
-                raise ValueError(f"exit_gate looks at all loops of all sequences; plan kind {self.plan.kind} does not")
-        return self
-
-    def progress(self, position: "Position") -> float:
-        """Share of the budget used, 0 to 1 and beyond."""
-        used = [
-            position.seconds / 60 / self.minutes if self.minutes else 0.0,
-            position.step / self.steps if self.steps else 0.0,
-            position.tokens / self.tokens if self.tokens else 0.0,
-            position.flops / self.flops if self.flops else 0.0,
-        ]
-        return max(used)
-
-
-@dataclass
-class Position:
-    """How far a run has come; saved with every checkpoint."""
-
-    step: int = 0
-    tokens: int = 0
-    flops: float = 0.0
-    seconds: float = 0.0
-    seconds_waited: float = 0.0
-    level: int = 0
-    """How often a curriculum that is gated on accuracy has gone on."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +69,9 @@ class FitResult:
     interrupted: bool
     checkpoint: Path
     final_loss: float
+    """Of the last step."""
+    recent_loss: float
+    """Mean over the last steps."""
     runtime: Runtime
 
 
@@ -181,12 +87,13 @@ def fit(
     folder: Path,
     observers: tuple[Observer, ...] = (),
     validate: Callable[[], Validate] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> FitResult:
     """Train `model` on `source` until the budget is used or Ctrl-C; resumes if `folder` holds a checkpoint. What
-    `validate` makes is asked every `config.validate_every` steps."""
+    `validate` makes is asked every `config.validate_every` steps. `say` gets a phrase for each stage of the start."""
     n_threads = torch.get_num_threads()
     try:
-        run = _Fit(model, source, config, folder=folder, observers=observers)
+        run = _Fit(model, source, config, folder=folder, observers=observers, say=say if dist.is_main() else None)
         if validate is not None and config.validate_every is not None:
             run.validate = validate()
         return run.run()
@@ -204,6 +111,33 @@ def check_ranks(config: TrainConfig) -> None:
         )
 
 
+def saved_state(folder: Path, source: Source, config: TrainConfig) -> tuple[Position, Runtime]:
+    """Position and runtime of the newest checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be continued, because it is damaged or because data or machine are others.
+        ConfigError: the budget is used up.
+    """
+    state = read_state(folder)
+    try:
+        position, runtime = Position(**state["position"]), Runtime(**state["runtime"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"the newest checkpoint of {folder} holds no training state ({error})") from None
+    if state.get("fingerprint", source.fingerprint) != source.fingerprint:
+        raise CheckpointError(
+            f"the data of {folder} has changed since it began: put back what it learned from, or begin anew"
+        )
+    if runtime.device == "cuda" and not torch.cuda.is_available():
+        raise CheckpointError(f"{folder} was trained on a GPU and torch sees none: resume it where there is one")
+    if config.progress(position) >= 1:
+        raise ConfigError(
+            f"the budget of {folder} is used up: {position.seconds / 60:.1f} minutes, "
+            f"{position.step:,} steps, {position.tokens:,} tokens. Give a larger --minutes, --steps or --tokens, "
+            "counted from the start."
+        )
+    return position, runtime
+
+
 class _Fit:
     """The state of one run while it runs."""
 
@@ -215,23 +149,33 @@ class _Fit:
         *,
         folder: Path,
         observers: tuple[Observer, ...],
+        say: Callable[[str], None] | None,
     ) -> None:
+        self.say = say or (lambda phrase: None)
         self.model, self.source, self.config, self.folder, self.observers = model, source, config, folder, observers
         self.started = time.perf_counter()
-        self.last_batch: Batch
+        self.last_batch: Batch | None = None  # with a scored token
+        self.loss_parts: list[tuple[int, torch.Tensor]] = []  # of a step's micro-batches, with their loops
+        self.shown = ShownLoss()
+        self.final_loss = float("nan")
+        self.n_stepped_over = 0
+        self.is_saved = False  # by this process, or the one before
+        self.is_whole = True  # but while the optimizer moves the weights: what a checkpoint may be written of
         self.said: set[str] = set()  # worries
-        self.failed: TrainingError | None = None  # on this rank, until all hear of it
         self.loads: list[tuple[int, torch.Tensor]] = []  # of a step's routers
         self.validate: Validate | None = None
         check_ranks(config)
         is_resumed = dist.from_main(bool(checkpoints(folder)))
         if is_resumed:
-            self.position, self.runtime = self._saved_state()
+            self.position, self.runtime = saved_state(folder, source, config)
+            self.say(f"continuing from step {self.position.step:,}")
         else:
             self.position = Position()
+            self.say("trying what this machine computes fastest")
             chosen = dist.from_main(self._choose_runtime() if dist.is_main() else None)
             assert chosen is not None
             self.runtime = chosen
+        self.say("compiling with the first step" if self.runtime.compile else "the first step")
         self.seconds_before, self.waited_before = self.position.seconds, self.position.seconds_waited
         self.loss: _Loss | DistributedDataParallel = _Loss(self)
         self.sharded: FSDPModule | None = None
@@ -249,6 +193,7 @@ class _Fit:
             model, config.optimizer, muon_dtype=dtype, muon_compiled=on_gpu and self.runtime.compile
         )
         if is_resumed:
+            self.is_saved = True
             load_checkpoint(folder, model=model, optimizers=self.optimizers)
         self.average = None if config.ema is None else MovingAverage(model, decay=config.ema)
         if self.average is not None and is_resumed:
@@ -264,15 +209,15 @@ class _Fit:
     def run(self) -> FitResult:
         config, position = self.config, self.position
         first = position.step * config.accumulate + dist.rank()
-        loader = Loader(self.source, start=first, n_workers=config.n_workers, step=dist.n_ranks())
+        n_ahead = config.accumulate // dist.n_ranks()  # all of the next step's: they are taken at once
+        loader = Loader(self.source, start=first, n_workers=config.n_workers, step=dist.n_ranks(), n_ahead=n_ahead)
         batches = iter(loader)
         sinks = make_sinks(self.folder, from_step=position.step, wandb=config.wandb) if dist.is_main() else []
         last_saved, last_logged = time.perf_counter(), time.perf_counter()
         tokens_logged, flops_logged = position.tokens, position.flops
-        record: Record = {"loss": float("nan")}
         is_stopped = False
         try:
-            with interruptible() as interrupted:
+            with interruptible(is_quiet=not dist.is_main()) as interrupted:
                 while config.progress(position) < 1 and not (is_stopped := self._any(interrupted())):
                     record = self._step(batches)
                     now = time.perf_counter()
@@ -281,7 +226,7 @@ class _Fit:
                     told = dist.largest([*clocks, now - last_saved], device=self.device)
                     position.seconds, position.seconds_waited, since_saved = told
                     is_over = config.progress(position) >= 1
-                    if is_over and config.validate_every is not None:
+                    if self._is_looked_at(is_over) and (is_over or not self.is_saved):
                         self._save()  # before what takes memory and a while
                     record |= self._probe() | self._validate()
                     # by the step, so that all ranks do the same
@@ -299,10 +244,25 @@ class _Fit:
                         self._save()
                         last_saved = now
                 checkpoint = self._save()
-                return FitResult(position, is_stopped, checkpoint, float(record["loss"]), self.runtime)
+        except Exception as error:
+            # one rank alone cannot save what it shares with others; a TrainingError has saved what is worth it
+            if dist.n_ranks() == 1 and self.is_whole and not isinstance(error, TrainingError) and position.step:
+                self._save()
+            raise
         finally:
             for sink in sinks:
                 sink.close()
+        if not is_stopped and self.n_stepped_over and math.isnan(self.final_loss):
+            raise DataError(f"no token of {self.n_stepped_over} steps was scored, so nothing was learned: longer rows?")
+        loss, recent = self.final_loss, self.shown.overall.value
+        return FitResult(position, is_stopped, checkpoint, loss, recent, self.runtime)
+
+    def _is_looked_at(self, is_over: bool) -> bool:
+        """Whether this step is probed or validated."""
+        config = self.config
+        return self._is_time(config.probe_every, config.validate_every) or (
+            is_over and config.validate_every is not None
+        )
 
     def _is_time(self, *every: int | None) -> bool:
         """Whether a number of steps is over for what is done every so many of them, null for never."""
@@ -313,38 +273,23 @@ class _Fit:
         return bool(dist.largest([is_so], device=self.device)[0])
 
     def _step(self, batches: Iterator[Any]) -> Record:
-        """One optimizer update."""
+        """One optimizer update, or none where no token of all its micro-batches is scored."""
         config, position = self.config, self.position
         scale = config.schedule.scale(config.progress(position))
-        loss = torch.zeros((), device=self.device)
-        n_loops, n_tokens_seen, flops, deepest = 0.0, 0.0, 0.0, 0
-        self.loads = []
-        numbers = range(dist.rank(), config.accumulate, dist.n_ranks())
-        for number, batch in zip(numbers, islice(batches, len(numbers)), strict=True):
-            batch = self.last_batch = batch.to(self.device)
-            # a stream for each micro-batch, so that it is the same whichever rank has it
-            rng = np.random.default_rng([config.seed, position.step, PLAN_STREAM, *([number] if number else [])])
-            n_rows, n_tokens = batch.ids.shape
-            at_level = config.plan.at(position.level) if isinstance(config.plan, CurriculumPlanConfig) else config.plan
-            plan = at_level.sample(rng, n_tokens=n_tokens, n_rows=n_rows)
-            plan = replace(plan, recompute=config.recompute)
-            seed = int(rng.integers(1 << 62)) if config.state_loss is not None else 0
-            deepest = max(deepest, plan.n_loops)
-            with self._synchronised(is_last=number == numbers[-1], deepest=deepest):
-                with self.runtime.autocast():
-                    part = self.loss(batch, plan, seed=seed)
-                (part / len(numbers)).backward()
-            loss += part.detach() / config.accumulate
-            n_tokens_seen += batch.n_tokens
-            n_loops += plan.mean_loops
-            flops += batch.n_tokens * self.flops(plan.mean_loops, n_tokens=n_tokens)
+        parts = list(islice(batches, config.accumulate // dist.n_ranks()))
+        counts = [
+            (batch.n_scored, batch.n_tokens) for batch in parts
+        ]  # on the CPU yet, so that no device is waited for
+        n_scored, n_tokens = dist.summed([float(sum(each)) for each in zip(*counts, strict=True)], device=self.device)
+        if not n_scored:
+            return self._step_over(int(n_tokens))
+        shares = [Share(scored / n_scored, tokens / n_tokens) for scored, tokens in counts]
+        loss, n_loops, flops = self._backward(parts, shares)
         if dist.n_ranks() > 1:
             loss = dist.sum_tensor(loss)
-            n_loops, n_tokens_seen, flops = dist.summed([n_loops, n_tokens_seen, flops], device=self.device)
+            n_loops, flops = dist.summed([n_loops, flops], device=self.device)
             # ranks have run other numbers of loops, but the same layers
             self.loads = [(layer, dist.sum_tensor(load)) for layer, load in sorted(total_loads(self.loads).items())]
-        position.tokens += int(n_tokens_seen)
-        position.flops += flops
         norm = gradient_norm(self.model)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise TrainingError(self._non_finite(float(loss), float(norm)))
@@ -352,20 +297,26 @@ class _Fit:
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(config.grad_clip / norm)
-        scale *= config.optimizer.batch_scale(n_tokens_seen)
+        scale *= config.optimizer.batch_scale(n_tokens)
         set_lr_scale(self.optimizers, scale)
+        self.is_whole = False
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.model.balance(self.loads)
         position.step += 1
+        position.tokens += int(n_tokens)
+        position.flops += flops
         if self.average is not None:
             self.average.update(position.step)
+        self.is_whole = True
         self._go_on_if_learned()
+        self.final_loss = float(loss)
+        self.shown.add(self.final_loss, [(each, float(part)) for each, part in self.loss_parts])
         record: Record = {
             "step": position.step,
             "tokens": position.tokens,
-            "loss": float(loss),
+            "loss": self.final_loss,
             "grad_norm": float(norm),
             "lr_scale": scale,
             "n_loops": n_loops / config.accumulate,
@@ -377,6 +328,49 @@ class _Fit:
         if self.loads:
             record["max_load"] = float(torch.stack([load.max() / load.float().mean() for _, load in self.loads]).max())
         return record
+
+    def _backward(self, batches: list[Batch], shares: list[Share]) -> tuple[torch.Tensor, float, float]:
+        """Gradients of this rank's micro-batches; their part of the step's loss, their loops added up, their FLOPs."""
+        config, n_ranks = self.config, dist.n_ranks()
+        loss = torch.zeros((), device=self.device)
+        n_loops, flops, deepest = 0.0, 0.0, 0
+        self.loads, self.loss_parts = [], []
+        numbers = range(dist.rank(), config.accumulate, n_ranks)
+        for number, batch, share in zip(numbers, batches, shares, strict=True):
+            batch = batch.to(self.device)
+            if share.scored:
+                self.last_batch = batch
+            # a stream for each micro-batch, so that it is the same whichever rank has it
+            rng = np.random.default_rng([config.seed, self.position.step, PLAN_STREAM, *([number] if number else [])])
+            n_rows, n_tokens = batch.ids.shape
+            plan = self._plan_config.sample(rng, n_tokens=n_tokens, n_rows=n_rows)
+            plan = replace(plan, recompute=config.recompute)
+            seed = int(rng.integers(1 << 62)) if config.state_loss is not None else 0
+            deepest = max(deepest, plan.n_loops)
+            with self._synchronised(is_last=number == numbers[-1], deepest=deepest):
+                with self.runtime.autocast():
+                    part = self.loss(batch, plan, share, seed=seed)
+                (part * n_ranks if n_ranks > 1 else part).backward()  # the ranks' gradients are averaged, not summed
+            loss += part.detach()
+            if share.scored and plan.per_row is None:
+                self.loss_parts.append((plan.n_loops, part.detach() / share.scored))
+            n_loops += plan.mean_loops
+            flops += batch.n_tokens * self.flops(plan.mean_loops, n_tokens=n_tokens)
+        return loss, n_loops, flops
+
+    def _step_over(self, n_tokens: int) -> Record:
+        """Leave the weights, and what optimizers remember, as they are: there is nothing to learn in this step."""
+        self.position.step += 1
+        self.position.tokens += n_tokens
+        if self.n_stepped_over == 0 and dist.is_main():
+            logger.warning("step %d: no token is scored, so nothing is learned: longer rows?", self.position.step)
+        self.n_stepped_over += 1
+        return {"step": self.position.step, "tokens": self.position.tokens}
+
+    @property
+    def _plan_config(self) -> Any:
+        plan = self.config.plan
+        return plan.at(self.position.level) if isinstance(plan, CurriculumPlanConfig) else plan
 
     def _synchronised(self, *, is_last: bool, deepest: int) -> AbstractContextManager[None]:
         """Gradients are averaged over the ranks in the backward pass of a step's last micro-batch alone."""
@@ -403,11 +397,12 @@ class _Fit:
         gate = self.config.exit_gate
         return gate is not None and self.config.progress(self.position) >= 1 - gate.alone
 
-    def loss_of(self, batch: Batch, plan: LoopPlan, *, seed: int = 0) -> torch.Tensor:
+    def loss_of(self, batch: Batch, plan: LoopPlan, share: Share, *, seed: int = 0) -> torch.Tensor:
         config = self.config
         if config.exit_gate is not None:
-            alone = self._is_gate_alone
-            return exit_gate_loss(self.model, batch, plan, config.exit_gate, alone=alone, loads=self.loads)
+            return exit_gate_loss(
+                self.model, batch, plan, config.exit_gate, alone=self._is_gate_alone, share=share, loads=self.loads
+            )
         return next_token_loss(
             self.model,
             batch,
@@ -416,6 +411,7 @@ class _Fit:
             loop_loss=config.loop_loss,
             state_loss=config.state_loss,
             seed=seed,
+            share=share,
             loads=self.loads,
         )
 
@@ -435,24 +431,36 @@ class _Fit:
             n_loops = config.plan.sample(rng, n_tokens=n_tokens, n_rows=n_rows).n_loops
         else:
             return
-        with self.runtime.autocast():
-            score = next_token_score(self.model, [asked], n_loops=n_loops)
-        n_right, n = dist.summed([score.n_right, score.n], device=self.device)
-        is_learned = n_right / n >= gate
+        look = partial(self._score, asked, n_loops)
+        score: Score | None = attempt("the gate's question", look, otherwise=None, step=position.step)
+        counts = [0.0, 0.0] if score is None else [float(score.n_right), float(score.n)]
+        n_right, n = dist.summed(counts, device=self.device)
+        is_learned = n > 0 and n_right / n >= gate
         position.level = min(n_levels, position.level + is_learned)
         if isinstance(source, PermutationsSource):
             source.level = position.level
+
+    def _score(self, batch: Batch | None, n_loops: int) -> Score | None:
+        if batch is None or not batch.n_scored:
+            return None
+        with self.runtime.autocast():
+            return next_token_score(self.model, [batch], n_loops=n_loops)
 
     def _probe(self) -> Record:
         """What the loops do, where it is time to ask; what is worrying about it is said once."""
         n_loops = self.model.config.n_loops
         if not self._is_time(self.config.probe_every):
             return {}
-        model = self._whole_model(own_tensors(self.model))
-        if model is None:
+        model, batch = self._whole_model(own_tensors(self.model)), self.last_batch
+        if model is None or batch is None:
             return {}
-        with self.runtime.autocast():
-            found = probe_loops(model, self.last_batch, n_loops=n_loops)
+
+        def look() -> dict[str, float]:
+            with self.runtime.autocast():
+                return probe_loops(model, batch, n_loops=n_loops)
+
+        nothing: dict[str, float] = {}
+        found = attempt("the probe of the loops", look, otherwise=nothing, step=self.position.step)
         for kind, sentence in worries(found, n_loops=n_loops):
             if kind not in self.said:
                 logger.warning("step %d: %s", self.position.step, sentence)
@@ -470,14 +478,13 @@ class _Fit:
         model = self._whole_model(own_tensors(self.model) if self.average is None else self.average.tensors)
         if model is None:
             return {}
-        try:
+        validate = self.validate
+
+        def look() -> Record:
             with self.runtime.autocast():
-                return self.validate(model, self.position.step)
-        except OSError as error:  # of a sample: told where all ranks hear of it
-            self.failed = TrainingError(
-                f"{error.filename} could not be written ({error.strerror}); free space and resume"
-            )
-            return {}
+                return validate(model, self.position.step)
+
+        return attempt("validation", look, otherwise={}, step=self.position.step)
 
     def _whole_model(self, tensors: Mapping[str, torch.Tensor]) -> LoopedLM | None:
         """A model of these weights for rank 0 to look at, the model itself where it is whole and they are its own; None
@@ -494,7 +501,7 @@ class _Fit:
 
     def _report(self, record: Record, sinks: list[Sink]) -> None:
         """Write a record everywhere. If it cannot be written, what was learned so far still is."""
-        failed = self.failed
+        failed: TrainingError | None = None
         try:
             for sink in sinks:
                 sink.write(record)
@@ -504,31 +511,11 @@ class _Fit:
         if said is not None:
             self._save()
             raise failed or TrainingError(said)
+        record = record | self.shown.numbers()  # for who watches: the file keeps the single steps
         for observer in self.observers if dist.is_main() else ():
-            observer(record)
-
-    def _saved_state(self) -> tuple[Position, Runtime]:
-        """Position and runtime of the newest checkpoint."""
-        state = read_state(self.folder)
-        try:
-            position, runtime = Position(**state["position"]), Runtime(**state["runtime"])
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"the newest checkpoint of {self.folder} holds no training state ({error})") from None
-        if state.get("fingerprint", self.source.fingerprint) != self.source.fingerprint:
-            raise CheckpointError(
-                f"the data of {self.folder} has changed since it began: put back what it learned from, or begin anew"
-            )
-        if runtime.device == "cuda" and not torch.cuda.is_available():
-            raise CheckpointError(
-                f"{self.folder} was trained on a GPU and torch sees none: resume it where there is one"
-            )
-        if self.config.progress(position) >= 1:
-            raise ConfigError(
-                f"the budget of {self.folder} is used up: {position.seconds / 60:.1f} minutes, "
-                f"{position.step:,} steps, {position.tokens:,} tokens. Give a larger --minutes, --steps or --tokens, "
-                "counted from the start."
-            )
-        return position, runtime
+            look = partial(_show, observer, record)
+            if not attempt("what watches the run", look, otherwise=False, step=self.position.step):
+                self.observers = tuple(other for other in self.observers if other is not observer)  # it will fail again
 
     def _choose_runtime(self) -> Runtime:
         config = self.config
@@ -541,7 +528,7 @@ class _Fit:
 
         def trial(runtime: Runtime) -> None:
             with runtime.autocast():
-                self.loss_of(batch, plan).backward()
+                self.loss_of(batch, plan, Share()).backward()
             self.model.zero_grad(set_to_none=True)
 
         steps = min(config.steps or 10**12, (config.tokens or 10**18) // (batch.n_tokens * config.accumulate))
@@ -554,6 +541,7 @@ class _Fit:
         return seconds_since >= 60 * self.config.checkpoint_minutes
 
     def _save(self) -> Path:
+        self.is_saved = True
         return save_checkpoint(
             self.folder,
             step=self.position.step,
@@ -578,6 +566,11 @@ class _Fit:
         )
 
 
+def _show(observer: Observer, record: Record) -> bool:
+    observer(record)
+    return True
+
+
 class _Loss(nn.Module):
     """The loss as a module's forward: what averages gradients over ranks wraps a module."""
 
@@ -586,5 +579,5 @@ class _Loss(nn.Module):
         self.model = run.model
         self._of: Callable[..., torch.Tensor] = run.loss_of
 
-    def forward(self, batch: Batch, plan: LoopPlan, **options: Any) -> torch.Tensor:
-        return self._of(batch, plan, **options)
+    def forward(self, batch: Batch, plan: LoopPlan, share: Share, **options: Any) -> torch.Tensor:
+        return self._of(batch, plan, share, **options)

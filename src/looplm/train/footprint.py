@@ -26,7 +26,7 @@ from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import LoopedLM, ModelConfig
 from looplm.optim.groups import make_optimizers
 from looplm.train import losses
-from looplm.train.fit import TrainConfig
+from looplm.train.options import TrainConfig
 
 CHUNK_BYTES = 28  # per logit while its uncompiled chunk is scored: six fp32 and two bf16 copies; 24 without a softcap
 

@@ -1,4 +1,11 @@
-"""Losses. The label shift is done where batches are made (data.pack), so every loss takes targets as they are."""
+"""Losses. The label shift is done where batches are made (data.pack), so every loss takes targets as they are.
+
+A step may be made of several micro-batches, on several ranks. Its loss is a mean over all of them, so each of them is
+weighed by its `Share`: what is a mean over scored tokens (cross-entropy, the gate's loss) by its share of the step's
+scored tokens, and what is a mean over all positions (the state's loss, router balance, ponder cost) by its share of the
+positions. The step's loss and gradient are then those of one batch of all rows; only a router's balance, which is no
+mean, and the random direction of the Jacobian penalty depend on the split.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -20,6 +27,16 @@ JACOBIAN_STEP = 1e-2  # of the state's size
 GAIN_SHARPNESS, LEAST_GAIN = 50.0, 0.005  # per nat; nats that make a loop worth running
 
 
+@dataclass(frozen=True)
+class Share:
+    """What a micro-batch counts for in the step that it is a part of."""
+
+    scored: float = 1.0
+    """Of the step's scored tokens; 0 for a batch without any."""
+    positions: float = 1.0
+    """Of all its positions, padding included."""
+
+
 class LoopLossConfig(Config):
     """A share of the loss for the states after the earlier loops, each read out as if it were the last: fewer loops
     than were trained then still answer. Costs coda and head once more per loop; logits are kept for none of them."""
@@ -37,7 +54,7 @@ class StateLossConfig(Config):
     """Weight of |J v|^2 / |v|^2 for a random v, J the Jacobian of one more loop at the last state (STARS, 2026): below
     1 on average, loops bring states together. Costs two more loops, in fp32."""
     norm: NonNegativeFloat = 0.0
-    """Weight of the last state's mean square."""
+    """Weight of the last state's mean square, over all positions, scored or not: all of them feed later tokens."""
 
 
 class ExitGateConfig(Config):
@@ -58,20 +75,21 @@ def exit_gate_loss(
     config: ExitGateConfig,
     *,
     alone: bool,
+    share: Share | None = None,
     loads: list[tuple[int, Tensor]] | None = None,
 ) -> Tensor:
-    """The loss of a model with a learned gate, of its first stage or with `alone` of its second. Costs coda and head
-    once per loop. In the first stage the routers' loads are appended to `loads`.
+    """The loss of a model with a learned gate, of its first stage or with `alone` of its second, weighed by `share`.
+    Costs coda and head once per loop. In the first stage the routers' loads are appended to `loads`.
 
     Raises:
-        DataError: no position is scored.
+        DataError: no position is scored, and `share` is not given.
     """
     asides = Asides()
     with torch.set_grad_enabled(torch.is_grad_enabled() and not alone):
         unrolled = _unroll(model, batch, plan, asides=asides)
     if loads is not None and not alone:
         loads.extend(asides.loads)
-    index = _scored(batch)
+    index, share = _scored(batch, share), share or Share()
     targets = batch.targets.flatten()[index]
 
     def losses(hidden: Tensor) -> Tensor:
@@ -86,12 +104,20 @@ def exit_gate_loss(
         gain = (by_loop[:-1] - by_loop[1:]).clamp(min=0)
         goes_on = torch.sigmoid(GAIN_SHARPNESS * (gain - LEAST_GAIN))
         with torch.autocast(done.device.type, enabled=False):  # refused under it on a GPU, though all is fp32
-            return F.binary_cross_entropy(1 - done[1:], goes_on.float()) if len(done) > 1 else 0 * done.sum()
+            # the mean of nothing would be NaN, the sum is 0
+            how = "mean" if len(index) else "sum"
+            loss = (
+                F.binary_cross_entropy(1 - done[1:], goes_on.float(), reduction=how)
+                if len(done) > 1
+                else 0 * done.sum()
+            )
+            return share.scored * loss
     left = torch.cat((torch.ones_like(done[:1]), (1 - done[:-1]).cumprod(0)))
     leaves = torch.cat((left[:-1] * done[:-1], left[-1:]))  # the last loop takes what is left
     entropy = -(leaves * leaves.clamp(min=1e-9).log()).sum(0)
-    loss = (leaves * by_loop).sum(0).mean() - config.entropy * entropy.mean()
-    return loss + torch.stack(asides.losses).sum() if asides.losses else loss
+    expected = (leaves * by_loop).sum(0)
+    loss = share.scored * (expected.mean() - config.entropy * entropy.mean() if len(index) else expected.sum())
+    return loss + share.positions * torch.stack(asides.losses).sum() if asides.losses else loss
 
 
 def _done(model: LoopedLM, state: Tensor) -> Tensor:
@@ -100,10 +126,10 @@ def _done(model: LoopedLM, state: Tensor) -> Tensor:
     return done
 
 
-def _scored(batch: Batch) -> Tensor:
-    """Indices of the scored positions, counted through all rows."""
+def _scored(batch: Batch, share: Share | None) -> Tensor:
+    """Indices of the scored positions, counted through all rows; none in some parts of a step."""
     index = torch.nonzero(batch.targets.flatten() != IGNORE).squeeze(1)
-    if not len(index):
+    if not len(index) and share is None:
         raise DataError("no position of this batch is scored, so there is nothing to learn from it: longer rows?")
     return index
 
@@ -117,12 +143,17 @@ def next_token_loss(
     loop_loss: LoopLossConfig | None = None,
     state_loss: StateLossConfig | None = None,
     seed: int = 0,
+    share: Share | None = None,
     loads: list[tuple[int, Tensor]] | None = None,
 ) -> Tensor:
     """Mean cross-entropy over the scored positions, nats, plus what the model's parts ask for (router balance, ponder
-    cost). The head runs on the scored positions only. With `loop_loss`, of the earlier loops that carry gradient too;
-    with `state_loss`, what it adds, in a random direction that `seed` decides. The routers' loads are appended to
-    `loads`."""
+    cost), each weighed by `share`. The head runs on the scored positions only. With `loop_loss`, of the earlier loops
+    that carry gradient too; with `state_loss`, what it adds, in a random direction that `seed` decides. The routers'
+    loads are appended to `loads`.
+
+    Raises:
+        DataError: no position is scored, and `share` is not given.
+    """
     asides = Asides()
     unrolled: _Unrolled | None = None
     if loop_loss is None and state_loss is None:
@@ -132,7 +163,7 @@ def next_token_loss(
         hidden = unrolled.hidden if loop_loss is not None else unrolled.hidden[-1:]
     if loads is not None:
         loads.extend(asides.loads)
-    index = _scored(batch)
+    index, share = _scored(batch, share), share or Share()
 
     def cross_entropy(hidden: Tensor) -> Tensor:
         rows, targets = hidden.flatten(0, 1), batch.targets.flatten()
@@ -145,9 +176,10 @@ def next_token_loss(
         weights = [loop if loop_loss.weights == "linear" else 1 for loop in range(1, len(hidden) + 1)]
         earlier = [weight / sum(weights) * cross_entropy(each) for weight, each in zip(weights, hidden, strict=True)]
         loss = (1 - loop_loss.share) * loss + loop_loss.share * torch.stack(earlier).sum()
+    loss = share.scored * loss
     if unrolled is not None and state_loss is not None:
-        loss = loss + _of_state(model, unrolled, state_loss, loop_idx=plan.n_loops, seed=seed)
-    return loss + torch.stack(asides.losses).sum() if asides.losses else loss
+        loss = loss + share.positions * _of_state(model, unrolled, state_loss, loop_idx=plan.n_loops, seed=seed)
+    return loss + share.positions * torch.stack(asides.losses).sum() if asides.losses else loss
 
 
 @dataclass(frozen=True)

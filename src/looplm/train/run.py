@@ -1,5 +1,7 @@
 """From a run config to a trained run folder: the function behind `looplm train`."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -9,7 +11,7 @@ import torch
 from pydantic import model_validator
 
 from looplm import dist
-from looplm.checkpoint import CONFIG, run_folder, write_text
+from looplm.checkpoint import BUILTIN, CONFIG, MODEL, checkpoints, run_folder, write_text
 from looplm.config import Config, apply_overrides, load_preset, parse, to_yaml
 from looplm.data.bpe import TOKENIZER
 from looplm.data.bytes import VOCAB_SIZE as N_BYTES
@@ -26,7 +28,7 @@ from looplm.data.sources import (
 )
 from looplm.data.tasks import permutations
 from looplm.data.tokenizer import VOCAB_SIZE
-from looplm.errors import ConfigError, TrainingError
+from looplm.errors import ConfigError
 from looplm.eval.loops import bits_per_byte, held_out_batches, held_out_loss
 from looplm.infer.completer import Codec, Completer, Subwords, Utf8
 from looplm.infer.sampling import SamplingConfig
@@ -35,8 +37,10 @@ from looplm.model.loop.plan import CurriculumPlanConfig, LengthPlanConfig, Poiss
 from looplm.model.looped import LoopedLM, ModelConfig
 from looplm.model.memory import TRAINED_COPIES, check_batch_fits, check_model_fits
 from looplm.reading import read_yaml
-from looplm.telemetry.sinks import SAMPLES, Record, sample_line
-from looplm.train.fit import FitResult, Observer, TrainConfig, Validate, check_ranks, fit
+from looplm.telemetry.sinks import METRICS, SAMPLES, Record, sample_line
+from looplm.train.fit import FitResult, Observer, Validate, check_ranks, fit, saved_state
+from looplm.train.looks import attempt
+from looplm.train.options import TrainConfig
 from looplm.train.vocabulary import given_of_model, vocab_of_text, with_vocab
 
 SAMPLE_PROMPT, SAMPLE_TOKENS = "\n", 60
@@ -101,6 +105,7 @@ class RunConfig(Config):
 
 
 # What may change when a run is continued: nothing that decides a step, except how many of them there are.
+PLACES = ("data.path", "data.folders", "data.phases")
 CHANGEABLE = tuple(
     f"train.{name}"
     for name in (
@@ -143,46 +148,139 @@ def resolve_run(
         data = with_vocab(data, vocab_size, given=given)
         if on_choice is not None:
             on_choice(f"model.vocab_size={vocab_size}, as the prepared text has")
-    return parse(RunConfig, data, source=f"run {recipe!r}", overrides=overrides)
+    return with_absolute_paths(parse(RunConfig, data, source=f"run {recipe!r}", overrides=overrides))
 
 
-def start_run(config: RunConfig, out: Path, *, observers: tuple[Observer, ...] = ()) -> FitResult:
-    """Train in a new folder `out`, with all ranks that torchrun started."""
-    with dist.process_group(device=config.train.runtime.device):
-        source = _source(config)  # before anything is written: what cannot be read leaves no folder that looks begun
-        dist.on_main(partial(_make_folder, config, source, out))
-        return _train(config, source, out, observers=observers)
+def with_absolute_paths(config: RunConfig, *, of: Iterable[str] | None = None) -> RunConfig:
+    """The same run with its data named so that it is found from any folder; of the keys changed by the overrides `of`
+    alone, if they are given."""
+    data, keys = config.data, PLACES if of is None else {override.partition("=")[0].strip() for override in of}
+    if isinstance(data, BytesConfig) and "data.path" in keys:
+        data = data.model_copy(update={"path": str(Path(data.path).absolute())})
+    elif isinstance(data, PreparedConfig):
+        changes: dict[str, Any] = {}
+        if "data.folders" in keys:
+            changes["folders"] = _absolute(data.folders)
+        if "data.phases" in keys:
+            changes["phases"] = [
+                phase if phase.folders is None else phase.model_copy(update={"folders": _absolute(phase.folders)})
+                for phase in data.phases
+            ]
+        data = data.model_copy(update=changes)
+    return config.model_copy(update={"data": data})
 
 
-def _make_folder(config: RunConfig, source: Source, out: Path) -> None:
-    if (out / CONFIG).exists():
+def _absolute(folders: Mapping[str, float]) -> dict[str, float]:
+    """Weights by absolute path; what is built in stays as it is."""
+    found: dict[str, float] = {}
+    for name, weight in folders.items():
+        place = name if name.startswith(BUILTIN) else str(Path(name).absolute())
+        found[place] = found.get(place, 0.0) + weight  # one folder by two names counts as often as both
+    return found
+
+
+def without_places(config: DataConfig) -> dict[str, Any]:
+    """The plain data of `config` with its files and folders replaced by numbers, in the order that decides the rows."""
+    data = config.model_dump(mode="json", exclude={"path"})
+    mixtures = [each for each in (data, *data.get("phases", ())) if each.get("folders")]
+    names = sorted({name for each in mixtures for name in each["folders"]})
+    for each in mixtures:
+        each["folders"] = {names.index(name): weight for name, weight in each["folders"].items()}
+    return data
+
+
+def start_run(
+    config: RunConfig, out: Path, *, observers: tuple[Observer, ...] = (), say: Callable[[str], None] | None = None
+) -> FitResult:
+    """Train in a new folder `out`, with all ranks that torchrun started. A start that fails before its first step
+    leaves nothing behind."""
+    config = with_absolute_paths(config)
+    with dist.process_group(device=config.train.runtime.device), dist.alone_in(out):
+        dist.on_main(partial(_check_is_free, out))
+        before = set(os.listdir(out)) if dist.is_main() else set()
+        try:
+            source = _source(config)
+            dist.on_main(partial(_write_config, config, source, out))
+            return _train(config, source, out, observers=observers, say=say)
+        except BaseException:
+            if dist.is_main():
+                _remove_failed_start(out, kept=before)
+            raise
+
+
+def _check_is_free(out: Path) -> None:
+    """Refuse a folder with a trained model in it. A config alone is what a start that was cut short leaves."""
+    if checkpoints(out) or (out / MODEL).exists():
         raise ConfigError(f"{str(out)!r} already holds a run; continue it with --resume {out}, or give another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(
-            f"run folder {str(out)!r} cannot be written ({error.strerror}); give another --out"
-        ) from None
+
+
+def _write_config(config: RunConfig, source: Source, out: Path) -> None:
     write_text(out / CONFIG, to_yaml(config))
     if isinstance(source, PreparedSource):
         write_text(out / TOKENIZER, source.tokenizer.to_str())
 
 
-def resume_run(run: Path, *, overrides: Iterable[str] = (), observers: tuple[Observer, ...] = ()) -> FitResult:
-    """Continue an interrupted run. What it is stays; its budget and how it is watched and saved may change."""
+def _remove_failed_start(out: Path, *, kept: set[str]) -> None:
+    """Remove what a start has put into its folder, unless a step was trained: then metrics tell of it."""
+    metrics = out / METRICS
+    if checkpoints(out) or (metrics.exists() and metrics.stat().st_size):
+        return
+    for path in out.iterdir():
+        if path.name in kept:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def resume_run(
+    run: Path,
+    *,
+    overrides: Iterable[str] = (),
+    observers: tuple[Observer, ...] = (),
+    say: Callable[[str], None] | None = None,
+) -> FitResult:
+    """Continue an interrupted run. What it is stays; its budget, how it is watched and saved, and where its data is may
+    change."""
     folder = run_folder(run)
     overrides = list(overrides)
     for override in overrides:
         key = override.partition("=")[0].strip()
-        if key not in CHANGEABLE:
+        if key not in (*CHANGEABLE, *PLACES):
             raise ConfigError(
-                f"{key!r} cannot change on resume: the run would be another one. What can: {', '.join(CHANGEABLE)}."
+                f"{key!r} cannot change on resume: the run would be another one. What can: "
+                f"{', '.join((*CHANGEABLE, *PLACES))}."
             )
-    config = parse(RunConfig, read_yaml(folder / CONFIG), source=str(folder / CONFIG), overrides=overrides)
-    with dist.process_group(device=config.train.runtime.device):
-        if overrides and dist.is_main():
-            write_text(folder / CONFIG, to_yaml(config))
-        return _train(config, _source(config), folder, observers=observers)
+    path = folder / CONFIG
+    old = parse(RunConfig, read_yaml(path), source=str(path))
+    config = _resumed_config(old, overrides, source=str(path))
+    with dist.process_group(device=config.train.runtime.device), dist.alone_in(folder):
+        source = _source(config)
+        if overrides:
+            if dist.from_main(bool(checkpoints(folder))):
+                saved_state(
+                    folder, source, config.train
+                )  # before the config is written over: this may refuse to continue
+            dist.on_main(partial(write_text, path, to_yaml(config)))
+        return _train(config, source, folder, observers=observers, say=say)
+
+
+def _resumed_config(old: RunConfig, overrides: list[str], *, source: str) -> RunConfig:
+    """The config with its changes. Data may have moved, and its fingerprint tells later whether it is the same; how it
+    is mixed may not change."""
+    if not overrides:
+        return old
+    data = old.model_dump(mode="json")
+    if any(override.startswith("data.folders=") for override in overrides):
+        data["data"].pop("folders", None)  # a mapping would be merged with the old places
+    config = with_absolute_paths(parse(RunConfig, data, source=source, overrides=overrides), of=overrides)
+    if without_places(config.data) != without_places(old.data):
+        raise ConfigError(
+            "where the data is may change on resume, and nothing else about it: give as many folders as before, with "
+            "the same weights and in the same alphabetical order"
+        )
+    return config
 
 
 def _source(config: RunConfig) -> Source:
@@ -209,11 +307,18 @@ def _check_memory(config: RunConfig) -> None:
     check_batch_fits(config.data.model_dump(), n_tokens=n_tokens, d_model=config.model.d_model, device=device)
 
 
-def _train(config: RunConfig, source: Source, folder: Path, *, observers: tuple[Observer, ...]) -> FitResult:
+def _train(
+    config: RunConfig,
+    source: Source,
+    folder: Path,
+    *,
+    observers: tuple[Observer, ...],
+    say: Callable[[str], None] | None,
+) -> FitResult:
     torch.manual_seed(config.train.seed)
     model = LoopedLM(config.model)
     validate = partial(_validation, config, folder)
-    return fit(model, source, config.train, folder=folder, observers=observers, validate=validate)
+    return fit(model, source, config.train, folder=folder, observers=observers, validate=validate, say=say)
 
 
 def _validation(config: RunConfig, folder: Path) -> Validate:
@@ -226,7 +331,8 @@ def _validation(config: RunConfig, folder: Path) -> Validate:
         codec = Utf8() if isinstance(data, BytesConfig) else Subwords(folder)
 
         def of_text(model: LoopedLM, step: int) -> Record:
-            _add_sample(model, folder, codec=codec, step=step)
+            sample = partial(_add_sample, model, folder, codec=codec, step=step)
+            attempt("the sample", sample, otherwise=None, step=step)
             return {"val_bpb": bits_per_byte(model, batches, token_bytes, n_loops=n_loops)}
 
         return of_text

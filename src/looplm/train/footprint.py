@@ -177,7 +177,7 @@ def _as_on_a_gpu(model: LoopedLM) -> Iterator[None]:
     """Tensors without memory look like a CPU's, for which the model takes other paths, and they have no values to read.
     Here every position is scored, no loop is left out, and attention and experts run as on a GPU."""
     replaced: list[tuple[Any, str, Any]] = [
-        (losses, "_scored", lambda batch: torch.arange(batch.targets.numel())),
+        (losses, "_scored", lambda batch, share: torch.arange(batch.targets.numel())),
         (model.exit, "is_settled", lambda halting: False),
         (layer_inputs, "MAX_WRITTEN_OUT", 0),
         (attention, "attend", _attend_on_gpu),

@@ -10,7 +10,7 @@ from pydantic import model_validator
 
 from looplm import dist
 from looplm.checkpoint import CONFIG, run_folder, write_text
-from looplm.config import Config, apply_overrides, load_preset, parse, to_yaml
+from looplm.config import Config, apply_overrides, did_you_mean, load_preset, parse, to_yaml
 from looplm.data.bpe import TOKENIZER
 from looplm.data.bytes import VOCAB_SIZE as N_BYTES
 from looplm.data.bytes import BytesConfig
@@ -176,7 +176,8 @@ def resume_run(run: Path, *, overrides: Iterable[str] = (), observers: tuple[Obs
         key = override.partition("=")[0].strip()
         if key not in CHANGEABLE:
             raise ConfigError(
-                f"{key!r} cannot change on resume: the run would be another one. What can: {', '.join(CHANGEABLE)}."
+                f"{key!r} cannot change on resume: the run would be another one{did_you_mean(key, CHANGEABLE)} "
+                f"What can: {', '.join(CHANGEABLE)}."
             )
     config = parse(RunConfig, read_yaml(folder / CONFIG), source=str(folder / CONFIG), overrides=overrides)
     with dist.process_group(device=config.train.runtime.device):

@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 
 from looplm import dist
 from looplm.checksums import Damage, find_damage, write_checksums
-from looplm.config import parse
+from looplm.config import did_you_mean, parse
 from looplm.errors import CheckpointError, ConfigError, FolderError, TrainingError
 from looplm.files import LOCK, lock_folder, natural_key, write_whole
 from looplm.model.looped import LoopedLM, ModelConfig
@@ -146,7 +146,8 @@ def run_folder(run: str | Path) -> Path:
         root = Path(str(resources.files("looplm"))) / "builtin"
         names = sorted(path.parent.name for path in root.glob(f"*/{MODEL}"))
         if text.removeprefix(BUILTIN) not in names:
-            raise CheckpointError(f"no built-in model {text!r}; there is {', '.join(BUILTIN + name for name in names)}")
+            known = [BUILTIN + name for name in names]
+            raise CheckpointError(f"no built-in model {text!r}{did_you_mean(text, known)} There is {', '.join(known)}.")
         return root / text.removeprefix(BUILTIN)
     folder = Path(run)
     if not folder.is_dir():

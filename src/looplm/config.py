@@ -105,7 +105,9 @@ def load_preset(kind: PresetKind, name_or_path: str) -> dict[str, Any]:
     if base is None:
         return data
     if base not in preset_names(kind) or base == path.stem:
-        raise ConfigError(f"{path}: base {base!r} is not a {kind} preset; presets: {', '.join(preset_names(kind))}")
+        names = [name for name in preset_names(kind) if name != path.stem]
+        hint = f"{did_you_mean(base, names)} Presets: {', '.join(names)}."
+        raise ConfigError(f"{path}: base {_shown(base)} is not a {kind} preset{hint}")
     return merge(load_preset(kind, base), data)
 
 

@@ -176,7 +176,7 @@ def test_held_out_means_are_over_tokens() -> None:
     for one, two in zip(follow_states(model, parts, n_loops=3), follow_states(model, [whole], n_loops=3), strict=True):
         assert (one.norm, one.change or 0) == pytest.approx((two.norm, two.change or 0), rel=1e-4)
     for measure in (held_out_loss, follow_states):
-        with pytest.raises(DataError, match="no token of 1 batches is scored"):
+        with pytest.raises(DataError, match="no token of the held-out data is scored"):
             measure(model, [nothing], n_loops=2)  # type: ignore[operator]
     with pytest.raises(DataError, match="no token"):
         bits_per_byte(model, [nothing], sizes, n_loops=2)

@@ -8,9 +8,10 @@ import pytest
 
 from commands import fails, looplm, succeeds
 from looplm.checkpoint import CONFIG, latest_checkpoint, load_run
-from looplm.config import load_yaml, to_yaml
+from looplm.config import to_yaml
 from looplm.data.prepared import PreparedConfig
 from looplm.errors import CheckpointError, ConfigError, DataError, FolderError
+from looplm.reading import read_yaml
 from looplm.telemetry.sinks import Record
 from looplm.train.fit import FitResult
 from looplm.train.run import RunConfig, resolve_run, resume_run, start_run, without_places
@@ -117,7 +118,7 @@ def test_relative_data_is_found_from_another_folder(
     (here / "recipe.yaml").write_text("base: text\ndata: {kind: bytes, path: text.txt}\n")
     monkeypatch.chdir(here)
     succeeds("train", "recipe.yaml", *tiny_text, "--out", "run", "train.validate_every=3")
-    assert load_yaml(here / "run" / CONFIG)["data"]["path"] == str(here / "text.txt")
+    assert read_yaml(here / "run" / CONFIG)["data"]["path"] == str(here / "text.txt")
     monkeypatch.chdir(elsewhere)
     assert "step 8" in succeeds("train", "--resume", here / "run", "--steps", "8")
     succeeds("eval", here / "run")
@@ -135,7 +136,7 @@ def test_data_that_has_moved_is_named_on_resume(tmp_path: Path, tiny_text: list[
         resume_run(run, overrides=more)
     with pytest.raises(CheckpointError, match="has changed since it began"):
         resume_run(run, overrides=[*more, f"data.path={other}"])
-    assert load_yaml(run / CONFIG)["data"]["path"] == str(text)
+    assert read_yaml(run / CONFIG)["data"]["path"] == str(text)
     assert resume_run(run, overrides=[*more, f"data.path={moved}"]).position.step == 8
     assert load_run(run).config["data"]["path"] == str(moved)
     with pytest.raises(ConfigError, match="cannot change on resume"):
@@ -185,7 +186,7 @@ def test_training_works_in_a_thread_that_is_not_the_main_one(tmp_path: Path, tin
 def test_large_seeds_train(tmp_path: Path, tiny_reason: list[str], seed: int) -> None:
     changes = ["train.state_loss={jacobian: 0.1}", "train.steps=2", "train.validate_every=1"]
     succeeds("train", "reason", *tiny_reason, *changes, "--seed", str(seed), "--out", tmp_path / "run")
-    assert load_yaml(tmp_path / "run" / CONFIG)["train"]["seed"] == seed
+    assert read_yaml(tmp_path / "run" / CONFIG)["train"]["seed"] == seed
 
 
 @pytest.mark.parametrize(

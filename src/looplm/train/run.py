@@ -12,7 +12,7 @@ from pydantic import model_validator
 
 from looplm import dist
 from looplm.checkpoint import BUILTIN, CONFIG, MODEL, checkpoints, run_folder, write_text
-from looplm.config import Config, apply_overrides, load_preset, parse, to_yaml
+from looplm.config import Config, apply_overrides, did_you_mean, load_preset, parse, to_yaml
 from looplm.data.bpe import TOKENIZER
 from looplm.data.bytes import VOCAB_SIZE as N_BYTES
 from looplm.data.bytes import BytesConfig
@@ -249,8 +249,8 @@ def resume_run(
         key = override.partition("=")[0].strip()
         if key not in (*CHANGEABLE, *PLACES):
             raise ConfigError(
-                f"{key!r} cannot change on resume: the run would be another one. What can: "
-                f"{', '.join((*CHANGEABLE, *PLACES))}."
+                f"{key!r} cannot change on resume: the run would be another one"
+                f"{did_you_mean(key, (*CHANGEABLE, *PLACES))} What can: {', '.join((*CHANGEABLE, *PLACES))}."
             )
     path = folder / CONFIG
     old = parse(RunConfig, read_yaml(path), source=str(path))

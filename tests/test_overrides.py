@@ -35,13 +35,13 @@ WORDS = [
 @pytest.mark.parametrize("word", WORDS)
 def test_an_override_is_text_where_text_is_wanted(word: str) -> None:
     config = resolve_run("text", overrides=[f"data.path={word}"])
-    assert config.data.path == word  # type: ignore[union-attr]
+    assert config.data.path == str(Path.cwd() / word)  # type: ignore[union-attr]
     # and what is saved says the same
     assert parse(RunConfig, parse_yaml(to_yaml(config)), source="saved") == config
 
 
 def test_quotes_around_a_text_are_no_part_of_it() -> None:
-    assert resolve_run("text", overrides=["data.path='12'"]).data.path == "12"  # type: ignore[union-attr]
+    assert resolve_run("text", overrides=["data.path='12'"]).data.path == str(Path.cwd() / "12")  # type: ignore[union-attr]
 
 
 def test_null_is_nothing_where_nothing_is_allowed() -> None:
@@ -58,7 +58,8 @@ def test_null_is_nothing_where_nothing_is_allowed() -> None:
     ],
 )
 def test_names_of_folders_are_text(override: str, folders: dict[str, float]) -> None:
-    assert resolve_run("pretrain", overrides=[override]).data.folders == folders  # type: ignore[union-attr]
+    found = resolve_run("pretrain", overrides=[override]).data.folders  # type: ignore[union-attr]
+    assert found == {str(Path.cwd() / name): weight for name, weight in folders.items()}
 
 
 def test_texts_in_a_list_are_text() -> None:

@@ -74,8 +74,8 @@ def parse(cls: type[C], data: Mapping[str, Any], *, source: str, overrides: Sequ
             problems = error.errors(include_url=False)
         mended = plain
         for path in (_path(each, plain) for each in problems if each["type"] in ("string_type", "dict_type")):
-            written = _as_written(overrides, path)
-            if written and isinstance(written, str) and written != _at(plain, path):
+            written, value = _as_written(overrides, path), _at(plain, path)
+            if written and isinstance(written, str) and written != value and written[0] not in "[{":
                 mended = _replaced(mended, path, written)
         if mended == plain:
             raise ConfigError(f"{source}: {_explain(cls, problems, plain)}") from None

@@ -238,7 +238,7 @@ def test_train_trains_says_where_and_resumes(tmp_path: Path, tiny_reason: list[s
         (["train", "--resume", "{tmp}"], "holds no config.yaml"),
         (["train", "reason", "--resume", "{tmp}"], "--resume continues a run as it is"),
         (["eval", "{tmp}/nothing"], "no run folder"),
-        (["eval", "builtin:reasonr"], "there is builtin:reasoner"),
+        (["eval", "builtin:reasonr"], "There is builtin:reasoner"),
         (["eval", "builtin:reasoner", "--suite", "resoning"], "no suite 'resoning'"),
         (["eval", "builtin:reasoner", "--n", "0"], "--n 0 is too small"),
         (["eval", "builtin:reasoner", "--loops", "0"], "--loops 0 is too small"),

@@ -15,10 +15,9 @@ from looplm.train.run import resolve_run
     ("words", "mend"),
     [
         (["s3-iso-parameter"], "train.plan={kind: fixed"),
-        (["s3-iso-flop"], "train.plan={kind: fixed"),
+        (["s3-iso-flop"], "model.n_loops=4"),
         (["reason", "model.n_loops=1"], "model.n_loops=4"),
         (["reason", "train.plan={kind: fixed, n_loops: 1}"], "train.plan={kind: fixed"),
-        (["reason", "train.plan={kind: choice, weights: {1: 1.0}}"], "train.plan={kind: fixed"),
         (["reason", "train.plan={kind: uniform, low: 1, high: 1}"], "train.plan={kind: fixed"),
         (["s3", "data.max_len=1", "data.min_len=1"], "data.max_len=12"),
     ],

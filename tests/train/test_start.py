@@ -212,10 +212,10 @@ def test_sizes_that_cannot_be_had_are_refused_before_anything_is_written(
 
 def test_train_says_what_it_is_at_and_from_which_step(tmp_path: Path, tiny_reason: list[str]) -> None:
     plan = ["train.plan={kind: uniform, low: 1, high: 3}", "train.runtime.precision=auto", "train.accumulate=2"]
-    first = looplm("train", "reason", *tiny_reason, *plan, "--out", tmp_path / "run").stderr
-    at = [first.index(stage) for stage in ("starting", "reading the data", "trying what this machine", "loss ")]
+    first = looplm("train", "reason", *tiny_reason, *plan, "--out", tmp_path / "run")
+    at = [first.stdout.index(stage) for stage in ("starting", "reading the data", "trying what this machine", "loss ")]
     assert at == sorted(at)
-    line = next(line for line in first.splitlines() if "100%" in line)
+    line = next(line for line in first.stderr.splitlines() if "100%" in line)
     assert "(1 loop " in line
-    resumed = looplm("train", "--resume", tmp_path / "run", "--steps", "7").stderr
+    resumed = looplm("train", "--resume", tmp_path / "run", "--steps", "7").stdout
     assert "continuing from step 6" in resumed

@@ -45,7 +45,7 @@ class TrainingProgress:
         """Show what the start is at."""
         self._bar.update(self._task, numbers=stage)
         if not self.is_terminal and os.environ.get("RANK", "0") == "0":
-            print(f"{self.label}: {stage}", file=sys.stderr, flush=True)
+            print(f"{self.label}: {stage}", flush=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

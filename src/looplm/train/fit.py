@@ -461,7 +461,7 @@ class _Fit:
 
         nothing: dict[str, float] = {}
         found = attempt("the probe of the loops", look, otherwise=nothing, step=self.position.step)
-        for kind, sentence in worries(found, n_loops=n_loops):
+        for kind, sentence in worries(found, n_loops=n_loops) if found else ():
             if kind not in self.said:
                 logger.warning("step %d: %s", self.position.step, sentence)
             self.said.add(kind)

@@ -90,6 +90,7 @@ def load_run(run: str | Path, *, device: str | torch.device = "cpu", dtype: str 
     model = LoopedLM.on("cpu", model_config, draw=False)
     with reading_from(folder, weights, damage_of(weights)):
         load_weights(model, weights / (AVERAGE if _is_there(weights / AVERAGE) else MODEL))
+    model.source = f"run {str(run)!r}"
     return LoadedRun(model.to(device=to_device, dtype=to_dtype).eval(), config, weights)
 
 
@@ -116,7 +117,8 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     found = known.get(dtype) if isinstance(dtype, str) else dtype
     if found is None or found not in DTYPES.values():
         raise ConfigError(
-            f"dtype {str(dtype)!r} is none that a model runs in; give {', '.join(DTYPES)}, or torch's own"
+            f"dtype {str(dtype)!r} is none that a model runs in{did_you_mean(dtype, DTYPES)} "
+            f"Types: {', '.join(DTYPES)}, or torch's own."
         )
     return found
 

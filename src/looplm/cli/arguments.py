@@ -11,7 +11,6 @@ from looplm.errors import ConfigError
 
 # Seeds and counts end here: larger ones fit no 64-bit integer, which is what torch and safetensors keep.
 LARGEST = 2**63 - 1
-DEVICES = ("cpu", "cuda", "auto")
 CALIBRATED = "calibrated"  # what --exit calls the rule that is stored in the run
 WHOLE_NUMBER = re.compile(r"[+-]?\d+(_\d+)*(\.\d+)?(e\+?\d{1,3})?", re.ASCII | re.IGNORECASE)
 
@@ -115,24 +114,3 @@ def early_exit(rule: str, *, run: str, missing: str | None) -> Any:
     if missing is not None:
         raise ConfigError("--missing is part of the calibrated rule; leave it out, or name a rule")
     return load_exit(run_folder(run))
-
-
-def open_run(run: str, *, device: str, dtype: str) -> Any:
-    """A run loaded for inference on a device, in a type, a `LoadedRun`."""
-    import torch
-
-    from looplm.checkpoint import load_run
-    from looplm.config import did_you_mean
-
-    types = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if device not in DEVICES:
-        raise ConfigError(f"no device {device!r}{did_you_mean(device, DEVICES)} Devices: {', '.join(DEVICES)}.")
-    if dtype not in types:
-        raise ConfigError(f"no dtype {dtype!r}{did_you_mean(dtype, types)} Types: {', '.join(types)}.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no GPU; use cpu or auto")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load_run(run)
-    loaded.model.to(device=device, dtype=types[dtype])
-    return loaded

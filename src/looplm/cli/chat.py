@@ -1,20 +1,24 @@
 """The terminal chat: the model's steps appear as it writes them."""
 
+import io
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import typer
 
-from looplm.cli.arguments import open_run
-from looplm.data.tokenizer import EOS
-from looplm.errors import LooplmError
+from looplm.checkpoint import load_run
+from looplm.data.tokenizer import SPECIAL
+from looplm.errors import CheckpointError, LooplmError
+from looplm.eval.loops import TEXT_KINDS
 from looplm.eval.reasoning import as_reasoner
 from looplm.infer.decoders import EarlyExit
-from looplm.infer.reasoner import Reasoner
+from looplm.infer.reasoner import MAX_NEW_TOKENS, Reasoner
 from looplm.infer.sampling import SamplingConfig
 from looplm.infer.speculate import Draft
+from looplm.model.cache_memory import check_cache_fits
 from looplm.model.loop.plan import LoopPlan
+from looplm.model.looped import LoopedLM
 
 HELP = """Ask for sums, comparisons, patterns, sorted lists or short word problems, for example:
   What is 47 + 85?
@@ -23,25 +27,45 @@ HELP = """Ask for sums, comparisons, patterns, sorted lists or short word proble
   Sort in ascending order: 512 87 300 45
   Tom has 12 apples. He buys 7 more. How many apples does Tom have?
 Commands: /loops N (how often the core runs per token), /help, /quit"""
+MAX_DIGITS = 1000  # of a number; Python reads none of thousands
 
 
 class StepPrinter:
-    """Writes a completion token by token: steps dimmed, one a line; the answer plain."""
+    """Writes a completion token by token: steps dimmed, one a line; the answer plain. A letter is written once all its
+    bytes have come; `finish` writes what is left of one that never ends."""
 
     def __init__(self, reasoner: Reasoner) -> None:
         self.reasoner = reasoner
         self.is_thinking = True
+        self.pending: list[int] = []  # tokens since the last one that ended with a whole letter
+        self.n_written = 0  # of their letters
 
     def __call__(self, row: int, token: int) -> None:
-        piece = self.reasoner.tokenizer.decode([token], skip_special_tokens=False)
-        if piece == "<STEP>":
+        tag = self.reasoner.tokenizer.id_to_token(token)
+        if tag not in SPECIAL:
+            self.pending.append(token)
+            self._write(is_over=False)
+            return
+        self.finish()
+        if tag == "<STEP>":
             typer.secho("\n  ", dim=True, nl=False)
-        elif piece == "<ANS>":
+        elif tag == "<ANS>":
             self.is_thinking = False
             typer.echo("\n", nl=False)
-        elif piece not in ("<THINK>", "</THINK>", "</ANS>", EOS):
+
+    def finish(self) -> None:
+        """Write what is left."""
+        self._write(is_over=True)
+
+    def _write(self, *, is_over: bool) -> None:
+        text = self.reasoner.tokenizer.decode(self.pending, skip_special_tokens=False)
+        is_cut = text.endswith("\ufffd") and not is_over  # bytes of a letter decode as this until the last has come
+        piece = text[self.n_written : len(text) - is_cut]
+        self.n_written += len(piece)
+        if not is_cut:
+            self.pending, self.n_written = [], 0
+        if piece:
             typer.secho(piece, dim=True, nl=False) if self.is_thinking else typer.echo(piece, nl=False)
-        sys.stdout.flush()
 
 
 def run_chat(
@@ -57,18 +81,19 @@ def run_chat(
 ) -> None:
     """Read questions until the end of input, /quit or Ctrl-C."""
     torch.set_num_threads(1)
-    reasoner = as_reasoner(open_run(run, device=device, dtype=dtype), run=run)
+    reasoner = _load(run, device=device, dtype=dtype)
     if compiled:
         reasoner.model.compile_decoding()
         note = "The first answer waits ten seconds or more for the compiler, and the first after each /loops."
         typer.secho(note, dim=True, err=True)
-    loops = LoopPlan(n_loops if n_loops is not None else reasoner.model.config.n_loops).n_loops
+    loops = _checked(reasoner.model, n_loops if n_loops is not None else reasoner.model.config.n_loops)
     parameters = sum(parameter.numel() for parameter in reasoner.model.parameters())
-    if sys.stdin.isatty():
+    if _is_terminal(sys.stdin):
         typer.secho(f"{run}: {parameters:,} parameters, {loops} loops per token. /help for what to ask.", dim=True)
+    _accept_any_bytes(sys.stdin)
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            line = _next_line()
         except (EOFError, KeyboardInterrupt):
             typer.echo()
             return
@@ -80,7 +105,7 @@ def run_chat(
             if line == "/help":
                 typer.echo(HELP)
             elif line.split()[0] == "/loops":
-                loops = _loops(line, loops)
+                loops = _loops(line, loops, model=reasoner.model)
             elif line.startswith("/"):
                 typer.echo(f"unknown command {line.split()[0]!r}; there is /loops N, /help and /quit")
             else:
@@ -91,19 +116,66 @@ def run_chat(
             typer.echo("\n(stopped)")
 
 
-def _loops(line: str, current: int) -> int:
+def _load(run: str, *, device: str, dtype: str) -> Reasoner:
+    loaded = load_run(run, device=device, dtype=dtype)
+    if loaded.config.get("data", {}).get("kind") in TEXT_KINDS:
+        raise CheckpointError(
+            f"{run!r} was trained on text, which has no questions to chat about; continue a text with "
+            f"`looplm generate {run} --prompt TEXT`"
+        )
+    return as_reasoner(loaded, run=run)
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    """Whether a standard stream is a terminal; a closed one is None."""
+    return stream is not None and stream.isatty()
+
+
+def _accept_any_bytes(stdin: TextIO | None) -> None:
+    """Let a line that is not UTF-8 come through with its bytes marked, so that it alone is refused. A pipe or a file is
+    UTF-8 in any locale, with a byte order mark or without."""
+    if isinstance(stdin, io.TextIOWrapper):
+        stdin.reconfigure(encoding=None if stdin.isatty() else "utf-8-sig", errors="surrogateescape")
+
+
+def _next_line() -> str:
+    """What is typed or piped next, without the white space around it.
+
+    Raises:
+        EOFError: there is no more.
+    """
+    if _is_terminal(sys.stdin) and sys.stdout is not None:
+        return input("> ").strip()
+    line = "" if sys.stdin is None else sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.strip()
+
+
+def _loops(line: str, current: int, *, model: LoopedLM) -> int:
     words = line.split()
-    if len(words) == 2 and words[1].isdecimal() and int(words[1]) > 0:
-        current = int(words[1])
+    if len(words) == 2 and words[1].isdecimal() and len(words[1]) < MAX_DIGITS and int(words[1]) > 0:
+        current = _checked(model, int(words[1]))
         typer.secho(f"{current} loop{'s' if current > 1 else ''} per token", dim=True)
     else:
         typer.echo(f"/loops takes a whole number of at least 1, for example /loops 4; it is {current}")
     return current
 
 
+def _checked(model: LoopedLM, n_loops: int) -> int:
+    """The number of loops; one that could answer no question is refused."""
+    capacity = min(MAX_NEW_TOKENS, model.config.seq_len)
+    check_cache_fits(model, batch_size=1, capacity=capacity, n_loops=LoopPlan(n_loops).n_loops)
+    return n_loops
+
+
 def _answer(reasoner: Reasoner, question: str, **options: Any) -> None:
     """Write the answer as it comes; `options` are those of `Reasoner.answer`."""
-    reply = reasoner.answer([question], on_token=StepPrinter(reasoner), **options)[0]
+    printer = StepPrinter(reasoner)
+    try:
+        reply = reasoner.answer([question], on_token=printer, **options)[0]
+    finally:
+        printer.finish()
     typer.echo("")
     if options["early"] is not None:
         depths = reply.generation.depths

@@ -86,13 +86,13 @@ def evaluate(
         looplm eval runs/r --suite loops --plot dial.png
         looplm eval runs/r --questions mine.jsonl --json -
     """
-    from looplm.cli.arguments import open_run
+    from looplm.checkpoint import load_run
 
     _check_given(suite=suite, missing=missing, exit_rule=exit_rule)
     check_json(json_out)
     if plot is not None:
         check_plot(plot, option="--plot")
-    loaded = open_run(run, device=device, dtype=dtype)
+    loaded = load_run(run, device=device, dtype=dtype)
     trained_on = loaded.config.get("data", {}).get("kind")
     if suite is None:
         # questions of one's own are for the reasoning suite, whatever the run
@@ -180,8 +180,7 @@ def calibrate(
         looplm calibrate runs/deep --rule entropy --max-loss 0.01
         looplm eval runs/deep --exit calibrated
     """
-    from looplm.checkpoint import run_folder
-    from looplm.cli.arguments import open_run
+    from looplm.checkpoint import load_run, run_folder
     from looplm.cli.progress import CountProgress
     from looplm.cli.show import trials_table
     from looplm.eval.exits import FILE, GRIDS, TEXT_GRIDS, as_calibration, as_record, check_promise, weights_name
@@ -197,7 +196,7 @@ def calibrate(
     folder = run_folder(run)
     check_json(json_out)
     check_writable(folder / FILE, option="RUN")
-    loaded = open_run(run, device=device, dtype=dtype)
+    loaded = load_run(run, device=device, dtype=dtype)
     is_s3 = loaded.config.get("data", {}).get("kind") == "permutations"
     early = EarlyExit.parse(rule or ("latent" if is_s3 else "entropy"), missing=missing)
     kind = early.rule.kind

@@ -131,7 +131,7 @@ def generate(
 
     import torch
 
-    from looplm.cli.arguments import open_run
+    from looplm.checkpoint import load_run
     from looplm.eval.loops import TEXT_KINDS
     from looplm.eval.reasoning import as_reasoner
     from looplm.eval.text import as_completer
@@ -148,7 +148,7 @@ def generate(
     depth = _depth(run, exit_rule=exit_rule, missing=missing, draft=draft)
     asked = _prompts(prompt or [], prompts)
     torch.set_num_threads(1)  # a model this small decodes no faster on two, and far slower on two busy ones
-    loaded = open_run(run, device=device, dtype=dtype)
+    loaded = load_run(run, device=device, dtype=dtype)
     is_text = loaded.config.get("data", {}).get("kind") in TEXT_KINDS
     answer: Any = as_completer(loaded, run=run).complete if is_text else as_reasoner(loaded, run=run).answer
     n_loops = loops or loaded.model.config.n_loops

@@ -10,6 +10,7 @@ from importlib import resources
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from looplm.data.tasks import REASONING
+from looplm.errors import DataError
 
 PAD, BOS, EOS = "<PAD>", "<BOS>", "<EOS>"
 SPECIAL = (PAD, BOS, EOS, "<INST>", "</INST>", "<THINK>", "</THINK>", "<STEP>", "<ANS>", "</ANS>")
@@ -46,6 +47,40 @@ def train_tokenizer(*, n_samples: int = 20000, seed: int = 0) -> Tokenizer:
 
 
 @cache
-def reasoning_tokenizer() -> Tokenizer:
-    """The tokenizer that ships with the package."""
-    return Tokenizer.from_str(resources.files("looplm").joinpath("builtin/tokenizer.json").read_text(encoding="utf-8"))
+def reasoning_tokenizer(*, reads_tags: bool = True) -> Tokenizer:
+    """The tokenizer that ships with the package.
+
+    `reads_tags` turns a tag spelled out in a text into its id: for text that the task's own templates wrote. What came
+    from outside is encoded without: a question that spells tags stays a question.
+    """
+    text = resources.files("looplm").joinpath("builtin/tokenizer.json").read_text(encoding="utf-8")
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.encode_special_tokens = not reads_tags
+    return tokenizer
+
+
+def longest_token(tokenizer: Tokenizer) -> int:
+    """Characters of the longest token: no text has fewer tokens than its length divided by this."""
+    return max(map(len, tokenizer.get_vocab()))
+
+
+def check_text(text: str, *, most: int, what: str = "the prompt") -> None:
+    """Refuse, before it is encoded, a text from outside that cannot be used. A tokenizer takes minutes over millions of
+    characters, or gives up with an exception of its own.
+
+    Raises:
+        DataError: the text has more than `most` characters, or half a surrogate pair: it was not UTF-8.
+    """
+    if len(text) > most:
+        raise DataError(
+            f"{what} has {len(text):,} characters, more than the model's context can hold ({most:,} at the very most); "
+            "shorten it"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 30) : error.start + 10]
+        raise DataError(
+            f"{what} is not UTF-8 text: character {error.start + 1} is {text[error.start]!a} (in {around!r}); "
+            "write it in UTF-8"
+        ) from None

@@ -30,6 +30,7 @@ from looplm.errors import CheckpointError, DataError
 from looplm.eval.interval import Score
 from looplm.eval.reasoning import FORMAT_TASK, as_reasoner, evaluate, held_out_questions
 from looplm.eval.staircase import evaluate_staircase
+from looplm.infer.sampling import check_finite
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import LoopedLM
 from looplm.model.partial import relative_change
@@ -181,6 +182,7 @@ def measure_dial(
             stairs = evaluate_staircase(model, lengths=[trained], rules=rules, n_sequences=n, on_progress=hear)
             score = stairs[0].exact
         loss = held_out_loss(model, batches, n_loops=count, on_batch=part(count / 2, len(batches)))
+        check_finite([loss], source=model.source)
         rows.append(DialRow(count, score, loss))
     deepest = _deepest(trained)
     states = follow_states(model, batches, n_loops=deepest, on_batch=part(deepest, len(batches)))

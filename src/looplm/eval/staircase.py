@@ -13,6 +13,7 @@ from looplm.errors import ConfigError, DataError
 from looplm.eval.interval import Score
 from looplm.infer.depth import mean_depth, score_sequences
 from looplm.infer.exits import ExitRule
+from looplm.infer.sampling import check_finite
 from looplm.model.looped import LoopedLM
 
 EVAL_SEED = 20261121
@@ -111,6 +112,7 @@ def evaluate_staircase(
                 scored = score_sequences(model, list(torch.from_numpy(ids)), n_loops=loops, rule=exit_rule)
                 logits = torch.stack([each.logits for each in scored])
                 mean_loops = mean_depth(scored)
+            check_finite(logits.amax(-1).flatten().tolist(), source=model.source)
             n_right = int((logits[:, 1:].argmax(-1).cpu().numpy() == answers[:, 1:]).all(axis=1).sum())
             rows.append(Row(length, rule, loops, Score(n_right, n_sequences), mean_loops))
             if on_progress is not None:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from looplm.data.bpe import encode, load_tokenizer
 from looplm.data.prepare import end_of_text
+from looplm.data.tokenizer import check_text, longest_token
 from looplm.errors import DataError
 from looplm.infer.decoders import EarlyExit
 from looplm.infer.engine import Generation, OnToken, check_texts
@@ -17,10 +18,14 @@ from looplm.model.looped import LoopedLM
 
 
 class Codec(Protocol):
-    """Text to ids and back; `end_id` ends a text, None where nothing does."""
+    """Text to ids and back; `end_id` ends a text, None where nothing does. `longest` is the most characters a token
+    stands for."""
 
     @property
     def end_id(self) -> int | None: ...
+
+    @property
+    def longest(self) -> int: ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -31,6 +36,7 @@ class Utf8:
     """Text as its bytes."""
 
     end_id = None
+    longest = 1
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -47,7 +53,7 @@ class Subwords:
         self.tokenizer = load_tokenizer(path)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.end_id = end_of_text(self.tokenizer)
+        self.end_id, self.longest = end_of_text(self.tokenizer), longest_token(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
         return encode(self.tokenizer, text)
@@ -92,7 +98,7 @@ class Completer:
 
         Raises:
             ConfigError: a draft was given, and `early` or `batch_size` too.
-            DataError: a prompt is empty and nothing begins a text.
+            DataError: a prompt is empty and nothing begins a text, or it is not Unicode text or far too long.
         """
         check_texts(prompts)
         end_id = self.codec.end_id
@@ -117,6 +123,7 @@ class Completer:
     def _prompt_ids(self, prompt: str) -> list[int]:
         """The end of the text before, as in training, then the prompt's own."""
         start = [] if self.codec.end_id is None else [self.codec.end_id]
+        check_text(prompt, most=self.model.config.seq_len * self.codec.longest)
         ids = [*start, *self.codec.encode(prompt)]
         if not ids:
             raise DataError("the prompt is empty; begin a text, for example: The")

@@ -15,6 +15,7 @@ from looplm.config import did_you_mean
 from looplm.errors import ConfigError
 from looplm.infer.exits import ExitRule
 from looplm.model.cache import Behind
+from looplm.model.compiler import TURNS
 from looplm.model.loop.exit import check_last_state
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import CompiledParts, LoopedLM
@@ -62,6 +63,7 @@ class FullDepth:
         self.depths = [n_loops] * batch_size
         """Loops behind the newest logits of each text."""
 
+    @TURNS.forward()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Run all prompts into the empty cache; logits (B, n_targets) after the last token of each.
 
@@ -74,6 +76,7 @@ class FullDepth:
         positions = torch.arange(longest, device=device).expand_as(ids)
         return self._advance(ids, positions, [len(prompt) - 1 for prompt in prompts], n_keys=longest, before=None)
 
+    @TURNS.forward()
     def step(self, tokens: Tensor, positions: Tensor, *, n_keys: int, before: Tensor) -> Tensor:
         """Logits (B, n_targets) after one more token (B,) of every text, at `positions` (B,)."""
         last = [0] * len(tokens)

@@ -20,7 +20,9 @@ from torch import Tensor
 from looplm.errors import ConfigError, DataError
 from looplm.infer.engine import SHRINK_BELOW
 from looplm.infer.exits import ExitRule
+from looplm.infer.sampling import check_finite
 from looplm.model.cache import KVCache, Slot
+from looplm.model.compiler import TURNS
 from looplm.model.layer_inputs import LayerInputs
 from looplm.model.loop.exit import check_last_state
 from looplm.model.loop.inject import LTIInjectConfig
@@ -79,6 +81,7 @@ def score_sequences(
     Raises:
         ConfigError: the model has an exit of its own, or a backout, which reads the last loop's stream.
         DataError: a sequence is empty or longer than the model's context.
+        CheckpointError: logits are not finite.
     """
     budgets = [n_loops] * len(sequences) if isinstance(n_loops, int) else list(n_loops)
     _check(model, sequences, budgets, batch_size=batch_size)
@@ -125,6 +128,7 @@ class _DepthBatch:
         room = batch_size - self.n_rows
         return room if room >= min(n_waiting, max(1, batch_size // 4)) else 0
 
+    @TURNS.forward()
     def admit(self, numbers: list[int], sequences: list[Tensor], budgets: list[int]) -> None:
         """Sequences of the queue join, their first loop run."""
         model, device = self.model, self.model.embed.weight.device
@@ -153,6 +157,7 @@ class _DepthBatch:
                 new.keys, new.values = torch.cat((slot.keys, new.keys)), torch.cat((slot.values, new.values))
         self.rows, self.cache, self.n_run = joining, cache, 1
 
+    @TURNS.forward()
     def step(self) -> None:
         """One loop for every token that runs. Rows with fewer of them are padded at a place that nobody reads."""
         rows = self.rows
@@ -175,6 +180,7 @@ class _DepthBatch:
         rows.runs.scatter_(1, order, runs & ~_in_order(stops | ~runs))
         rows.runs &= rows.depth < rows.budget[:, None]
 
+    @TURNS.forward()
     def take_finished(self, *, shrink: bool) -> dict[int, Scored]:
         """The sequences whose tokens have all stopped, by their number; with `shrink` their rows are left out."""
         rows = self.rows
@@ -189,6 +195,7 @@ class _DepthBatch:
         finished = {}
         for row, (number, depths) in enumerate(zip(done.sequence.tolist(), done.depth, strict=True)):
             length = int((depths > 0).sum())
+            check_finite(logits[row, :length].amax(-1).tolist(), source=model.source)
             finished[number] = Scored(logits[row, :length], depths[:length])
         rows.sequence[index] = -1
         if shrink and self.n_rows < SHRINK_BELOW * len(rows.sequence):

@@ -12,6 +12,7 @@ from torch import Tensor
 from looplm.errors import ConfigError, DataError, LooplmError
 from looplm.infer.decoders import EarlyExit, FullDepth, StopsEarly
 from looplm.infer.sampling import Sampler, SamplingConfig
+from looplm.model.cache_memory import check_cache_fits
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import LoopedLM
 
@@ -53,6 +54,11 @@ def generate(
 
     A model whose decoding is compiled (`LoopedLM.compile_decoding`) keeps its shapes: finished rows stay in the batch
     until others take their places, and the cache has one of a few capacities, all of which attention looks at.
+
+    Raises:
+        ConfigError: a number is too small, or the cache is larger than memory.
+        DataError: a prompt is empty or fills the context.
+        CheckpointError: logits are not finite.
     """
     loops = LoopPlan(model.config.n_loops if n_loops is None else n_loops).n_loops
     check_prompts(prompts, model=model, max_new_tokens=max_new_tokens)
@@ -63,6 +69,8 @@ def generate(
     check_kind("sampling", sampling, SamplingConfig)
     check_kind("early", early, EarlyExit)
     capacity = cache_capacity(model, max(map(len, prompts)), max_new_tokens)
+    n_rows = min(batch_size or len(prompts), len(prompts))
+    check_cache_fits(model, batch_size=n_rows, capacity=capacity, n_loops=loops)
 
     def new_decoder(n_rows: int, n_places: int) -> FullDepth:
         if early is None:
@@ -71,9 +79,9 @@ def generate(
 
     seq_len = model.config.seq_len
     texts = [_Text(list(prompt), len(prompt), min(len(prompt) + max_new_tokens, seq_len)) for prompt in prompts]
-    sampler = Sampler(sampling or SamplingConfig(), n_rows=len(prompts))
+    sampler = Sampler(sampling or SamplingConfig(), n_rows=len(prompts), source=model.source)
     batch = _Batch(texts, new_decoder, capacity=capacity, sampler=sampler, eos_id=eos_id, on_token=on_token)
-    n_rows, waiting = min(batch_size or len(prompts), len(prompts)), deque(range(len(prompts)))
+    waiting = deque(range(len(prompts)))
     while waiting or batch.active:
         n_entering = min(n_rows - len(batch.active), len(waiting))
         if n_entering:

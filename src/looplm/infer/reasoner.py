@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from looplm.data.tasks.example import Completion, parse_completion, render_prompt
-from looplm.data.tokenizer import EOS_ID, reasoning_tokenizer
+from looplm.data.tasks.example import PROMPT_TAGS, Completion, parse_completion, render_prompt
+from looplm.data.tokenizer import EOS_ID, check_text, longest_token, reasoning_tokenizer
 from looplm.errors import DataError
 from looplm.infer.decoders import EarlyExit
 from looplm.infer.engine import Generation, OnToken, check_texts
@@ -30,13 +30,24 @@ class Reasoner:
     def __init__(self, model: LoopedLM) -> None:
         self.model = model
         self.tokenizer = reasoning_tokenizer()
+        self.most_characters = model.config.seq_len * longest_token(self.tokenizer)
 
     def prompt_ids(self, question: str) -> list[int]:
-        """Token ids of a question, wrapped unless it already carries the prompt's tags."""
-        if not question.strip():
+        """Token ids of a question in the prompt's tags; a pair of them that it already carries is not doubled. Any
+        other tag that it spells out is plain text.
+
+        Raises:
+            DataError: the question is empty, not Unicode text, or surely longer than the model's context.
+        """
+        opening, closing = PROMPT_TAGS
+        question = question.strip()
+        if question.startswith(opening) and question.endswith(closing):
+            question = question.removeprefix(opening).removesuffix(closing).strip()
+        if not question:
             raise DataError("the prompt is empty; ask something, for example: What is 47 + 85?")
-        wrapped = question if question.startswith("<INST>") else render_prompt(question.strip())
-        return self.tokenizer.encode(wrapped).ids
+        check_text(question, most=self.most_characters)
+        first, last = self.tokenizer.encode(render_prompt("")).ids
+        return [first, *reasoning_tokenizer(reads_tags=False).encode(question).ids, last]
 
     def answer(
         self,

@@ -3,12 +3,18 @@
 Every row has its own generator, so what a row draws does not depend on which rows share its batch.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from looplm.config import Config, NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, PositiveInt
+from looplm.errors import CheckpointError
 
+MOST = torch.finfo(torch.float64).max
+MAX_SEED = 2**63 - 1
 N_AHEAD = 64  # numbers that a row draws at once: the same as one by one, and one by one takes 5 us each
 
 
@@ -25,7 +31,7 @@ class SamplingConfig(Config):
     """Keep tokens at least this likely, relative to the likeliest."""
     repetition_penalty: PositiveFloat = 1.0
     """Logits of tokens already in the context are divided by it if positive, multiplied if negative (CTRL, 2019)."""
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = Field(default=0, le=MAX_SEED)
     """Row i draws from a generator seeded by (seed, i)."""
 
     @model_validator(mode="after")
@@ -38,26 +44,34 @@ class SamplingConfig(Config):
 
 
 class Sampler:
-    """Chooses tokens for rows that are known by number throughout one generation."""
+    """Chooses tokens for rows that are known by number throughout one generation. Errors call the model `source`."""
 
-    def __init__(self, config: SamplingConfig, *, n_rows: int) -> None:
-        self.config = config
-        self._generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + row) for row in range(n_rows)]
+    def __init__(self, config: SamplingConfig, *, n_rows: int, source: str = "the model") -> None:
+        self.config, self.source = config, source
+        seed = (config.seed ^ config.seed >> 32) % 2**32  # a generator would overlook the upper half
+        self._generators = [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in range(n_rows)]
         self._ahead: list[list[float]] = [[] for _ in range(n_rows)]  # drawn, the next one last
 
     def choose(self, logits: Tensor, *, rows: list[int], contexts: list[list[int]]) -> list[int]:
-        """One token for each of `rows`, from logits (B, V) and the tokens so far of each."""
+        """One token for each of `rows`, from logits (B, V) and the tokens so far of each. Logits of -inf rule a token
+        out.
+
+        Raises:
+            CheckpointError: logits of a row are NaN or +inf, or all are -inf: the weights are damaged.
+        """
         config = self.config
         if config.repetition_penalty != 1.0:
             logits = penalise(logits, contexts, config.repetition_penalty)
         if config.temperature == 0:
-            return logits.argmax(dim=-1).tolist()
+            best, chosen = logits.max(dim=-1)  # NaN counts as the largest
+            check_finite(best.tolist(), source=self.source)
+            return chosen.tolist()
         logits, ids = keep_top(logits, config.top_k)
-        logits = keep_likely(logits / config.temperature, min_p=config.min_p, top_p=config.top_p)
-        weights = logits.softmax(-1).cpu()
+        logits = keep_likely(soften(logits, config.temperature), min_p=config.min_p, top_p=config.top_p)
         # inverse of the cumulative distribution at one uniform number per row
+        cumulative = logits.softmax(-1).cpu().cumsum(-1)
+        check_finite(cumulative[:, -1].tolist(), source=self.source)
         drawn = torch.tensor([self._uniform(row) for row in rows], dtype=torch.float64)
-        cumulative = weights.double().cumsum(-1)
         chosen = torch.searchsorted(cumulative, (drawn * cumulative[:, -1])[:, None], right=True).squeeze(1)
         chosen = chosen.clamp(max=logits.shape[-1] - 1)
         return (chosen if ids is None else ids.cpu().gather(1, chosen[:, None]).squeeze(1)).tolist()
@@ -70,6 +84,19 @@ class Sampler:
         return ahead.pop()
 
 
+def check_finite(numbers: Sequence[float], *, source: str) -> None:
+    """Refuse what damaged weights make, by numbers that are finite if and only if the logits were.
+
+    Raises:
+        CheckpointError: one of them is not.
+    """
+    if not all(map(math.isfinite, numbers)):
+        raise CheckpointError(
+            f"{source} gives logits that are not finite (NaN or infinity): its weights are damaged or its training "
+            "diverged; take an earlier checkpoint, or copy the run again"
+        )
+
+
 def keep_top(logits: Tensor, top_k: int | None) -> tuple[Tensor, Tensor | None]:
     """The top_k largest logits (B, k) of (B, V) and their ids, in the order of the ids; all of them and None where that
     is no fewer."""
@@ -79,13 +106,22 @@ def keep_top(logits: Tensor, top_k: int | None) -> tuple[Tensor, Tensor | None]:
     return logits.gather(1, ids), ids
 
 
+def soften(logits: Tensor, temperature: float) -> Tensor:
+    """Logits divided by the temperature, shifted so that the largest of a row is 0. In fp64, which holds every quotient
+    that matters: the smallest temperatures and the largest logits give -inf, never NaN."""
+    logits = logits.double()
+    return (logits - logits.amax(-1, keepdim=True)) / temperature
+
+
 def penalise(logits: Tensor, contexts: list[list[int]], penalty: float) -> Tensor:
-    """Make every token of a row's context less likely."""
-    logits = logits.clone()
+    """Make every token of a row's context less likely. In fp64: extreme penalties overflow fp32."""
+    logits = logits.to(torch.float64, copy=True)
     for row, context in enumerate(contexts):
-        seen = torch.tensor(sorted(set(context)), device=logits.device)
-        values = logits[row, seen]
-        logits[row, seen] = torch.where(values > 0, values / penalty, values * penalty)
+        # a prompt may hold ids that are never sampled and have no logit
+        seen = torch.tensor([each for each in sorted(set(context)) if each < logits.shape[-1]], device=logits.device)
+        values = logits[row, seen.long()]  # long: an empty list makes floats
+        new = torch.where(values > 0, values / penalty, values * penalty)
+        logits[row, seen.long()] = torch.where(values.isfinite(), new.clamp(-MOST, MOST), new)
     return logits
 
 

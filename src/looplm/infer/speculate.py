@@ -27,6 +27,7 @@ from looplm.infer.engine import (
     previous_ids,
 )
 from looplm.infer.sampling import Sampler, SamplingConfig
+from looplm.model.compiler import TURNS
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import LoopedLM
 
@@ -79,7 +80,7 @@ def speculate(
     if draft.n_loops >= loops:
         raise ConfigError(f"a draft of {draft.n_loops} loops leaves none of {loops} to run; give it fewer")
     check_prompts(prompts, model=model, max_new_tokens=max_new_tokens)
-    sampler = Sampler(sampling or SamplingConfig(), n_rows=len(prompts))
+    sampler = Sampler(sampling or SamplingConfig(), n_rows=len(prompts), source=model.source)
     told = []
     for number, prompt in enumerate(prompts):
         capacity = cache_capacity(model, len(prompt), max_new_tokens)
@@ -138,6 +139,7 @@ class _Drafting(PartialDepth):
         super().__init__(model, batch_size=1, capacity=capacity, n_loops=n_loops)
         self.draft = draft
 
+    @TURNS.forward()
     def round(self, context: Sequence[int], *, n_tokens: int) -> tuple[list[int], Tensor]:
         """Guesses at the next `n_tokens`, and the full-depth logits (n_tokens, n_targets) that each is to be held
         against. The newest token of `context` has not run."""

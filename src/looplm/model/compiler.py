@@ -1,9 +1,10 @@
-"""What torch.compile needs on the machine, and what compiled code checks before each call."""
+"""What torch.compile needs of the machine and of other threads, and what its code checks before each call."""
 
 import os
 import shutil
 import sys
 import sysconfig
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,67 @@ class LaysOut(Protocol):
     """A part that can put its weights in memory as products of few rows read them fastest."""
 
     def lay_out(self) -> None: ...
+
+
+class Turns:
+    """Forwards of many threads at a time, or the compilation of one.
+
+    Tracing puts placeholders where a model's weights are and sets state of the whole process. The forward of another
+    thread would compute with them, and two compilations would take each other's state.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._forwards: dict[int, int] = {}  # how many are running, by thread
+        self._compiling: int | None = None  # the thread
+        self._n_waiting = 0  # compilations
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Run a forward, at once or after the compilations that run or wait. May be nested."""
+        me = threading.get_ident()
+        with self._changed:
+            outer = self._forwards.get(me, 0)
+            if not outer and self._compiling != me:
+                while self._compiling is not None or self._n_waiting:
+                    self._changed.wait()
+            self._forwards[me] = outer + 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._give_back(me, outer)
+
+    @contextmanager
+    def compilation(self) -> Iterator[None]:
+        """Compile, once the forwards of all other threads have ended. Within a forward of its own too."""
+        me = threading.get_ident()
+        with self._changed:
+            mine, is_inner = self._forwards.pop(me, 0), self._compiling == me  # its own forwards wait for it
+            self._n_waiting += 1
+            self._changed.notify_all()
+            try:
+                self._changed.wait_for(lambda: self._compiling in (None, me) and not self._forwards)
+                self._compiling = me
+            finally:
+                self._n_waiting -= 1
+                self._give_back(me, mine)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._compiling = me if is_inner else None
+                self._changed.notify_all()
+
+    def _give_back(self, thread: int, n_forwards: int) -> None:
+        if n_forwards:
+            self._forwards[thread] = n_forwards
+        else:
+            self._forwards.pop(thread, None)
+        self._changed.notify_all()
+
+
+TURNS = Turns()  # of the process, as what tracing sets is
 
 
 def has_compiler() -> bool:

@@ -18,7 +18,8 @@ from looplm.model.arguments import check_cache, check_ids, check_rows, out_of_ra
 from looplm.model.attention import GQAConfig
 from looplm.model.block import AdapterConfig, Block, BlockConfig, run_layers
 from looplm.model.cache import KVCache, Slot, join, left_behind
-from looplm.model.compiler import LaysOut, has_compiler
+from looplm.model.cache_memory import check_cache_fits
+from looplm.model.compiler import TURNS, LaysOut, has_compiler
 from looplm.model.cross_entropy import LossChunk, cross_entropy
 from looplm.model.ffn import FFNConfig, ParallelConfig
 from looplm.model.init import init_weights
@@ -162,6 +163,7 @@ class LoopedLM(nn.Module):
         self.norm = RMSNorm(config.d_model, eps=eps, has_weight=has_weight)
         self.head = Linear(config.d_model, config.n_outputs or config.n_embeddings)
         self.loss_chunk = LossChunk()
+        self.source = "the model"  # what errors call it; once loaded, by its run
         self.one_token: CompiledParts | None = None  # what cached single tokens go through, once compiled
         self._finish()
 
@@ -257,6 +259,7 @@ class LoopedLM(nn.Module):
             block.compile(dynamic=None if rows_vary else False)
         self.loss_chunk = LossChunk(compiled=True)
 
+    @TURNS.compilation()
     def compile_decoding(self, *, n_rows: int = 1) -> None:
         """Compile what a cached forward of one token per row runs, for inference on a CPU or a GPU: all of it as one
         where no loop can be left out and the layers are few, else begin, one loop and end, for any number of loops.
@@ -265,7 +268,8 @@ class LoopedLM(nn.Module):
         A cached forward goes through it whose n_keys is the whole capacity and that is asked for nothing beside its
         output. The weights of the linear maps are laid out in memory as products of few rows read them fastest, or left
         as they are if `n_rows`, the texts that will mostly be decoded together, are many; their values and names stay.
-        From then on the model can be neither copied nor moved to another device or type.
+        From then on the model can be neither copied nor moved to another device or type. Several threads may generate
+        with it at once; while one of them compiles, the others wait.
 
         Raises:
             ConfigError: there is no C++ compiler for a model on a CPU.
@@ -585,8 +589,9 @@ class LoopedLM(nn.Module):
         def slot() -> Slot:
             return Slot(*(weight.new_zeros(batch_size, heads, capacity + 1, width) for heads, width in shapes))
 
-        n_slots = self.n_slots(self.config.n_loops if n_loops is None else n_loops)
-        return KVCache([slot() for _ in range(n_slots)], capacity=capacity)
+        n_loops = self.config.n_loops if n_loops is None else n_loops
+        check_cache_fits(self, batch_size=batch_size, capacity=capacity, n_loops=n_loops)
+        return KVCache([slot() for _ in range(self.n_slots(n_loops))], capacity=capacity)
 
     def balance(self, loads: Iterable[tuple[int, Tensor]]) -> None:
         """Move every router's bias one step towards an even load; `loads` are those of the `Asides` since the last."""

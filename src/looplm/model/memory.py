@@ -1,22 +1,17 @@
 """Whether a machine has the memory that a model cannot do without: a lower bound, to refuse what cannot be before it is
 tried. `looplm plan` says what a run really takes."""
 
-import os
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from looplm.errors import ConfigError
+from looplm.model.cache_memory import memory_bytes
 from looplm.model.count import count
 from looplm.model.looped import ModelConfig
 
 WEIGHT_BYTES = 4  # fp32
 TOKEN_BYTES = 16  # an id and a target
 TRAINED_COPIES = 3  # weights, gradients, and at least one moment
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 # These make no tensor of the model larger.
 NO_SIZES = ("seq_len", "window", "n_loops", "used_vocab")
 
@@ -50,17 +45,6 @@ def check_batch_fits(data: Mapping[str, Any], *, n_tokens: int, d_model: int, de
             f"{key} {size}: a micro-batch has {n_tokens:,} tokens and takes at least {_gigabytes(needed)} of "
             f"memory, and this machine has {_gigabytes(memory)}; lower it"
         )
-
-
-def memory_bytes(device: str = "cpu") -> int:
-    """All memory of the machine that this process may use, or of its GPU."""
-    if device == "cuda":
-        return int(torch.cuda.get_device_properties(0).total_memory)
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in CGROUP_LIMITS:
-        with suppress(OSError, ValueError):  # not there, or `max`
-            found.append(int(Path(path).read_text(encoding="ascii")))
-    return min(found)
 
 
 def _largest(data: Mapping[str, Any], *, prefix: str) -> tuple[str, int]:

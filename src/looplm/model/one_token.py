@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from looplm.model.cache import KVCache, Slot
-from looplm.model.compiler import compile_graph, only_arguments
+from looplm.model.compiler import TURNS, compile_graph, only_arguments
 from looplm.model.layer_inputs import Asides, LayerInputs
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.partial import Ran
@@ -69,9 +69,11 @@ class CompiledSteps:
         key = len(ids), cache.capacity, n_loops
         if key not in self.compiled:
             step = Step(self.model, capacity=cache.capacity, n_loops=n_loops)
-            if len(self.compiled) == MAX_COMPILED:
-                return step(*tensors)
-            self.compiled[key] = compile_graph(step, tensors)
+            with TURNS.compilation():
+                if key not in self.compiled:  # by another thread meanwhile
+                    if len(self.compiled) == MAX_COMPILED:
+                        return step(*tensors)
+                    self.compiled[key] = compile_graph(step, tensors)
         return self.compiled[key](*tensors)
 
 
@@ -94,9 +96,11 @@ class CompiledParts:
         def compiled(part: Callable[..., Any], **options: Any) -> Callable[..., Any]:
             options["guard_filter_fn"] = only_arguments
             # isolated, or what was compiled for one model would serve another of like shapes
-            return torch.compile(  # type: ignore[call-overload]
+            call = torch.compile(  # type: ignore[call-overload]
                 part, dynamic=False, options=options, isolate_recompiles=True, recompile_limit=MAX_COMPILED
             )
+            # only torch knows which calls compile, so each has the process to itself
+            return TURNS.compilation()(call)
 
         parts = (compiled(part) for part in (model.enter, model.loop_and_exit, model.leave))
         whole = (compiled(part, cpp_wrapper=on_cpu) for part in (model.begin, model.go_on))

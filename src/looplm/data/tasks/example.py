@@ -9,6 +9,8 @@ from typing import Protocol
 # One non-empty step or more, each without "<", then the answer. Anchored: nothing may stand before or after.
 COMPLETION = re.compile(r"<THINK>((?:<STEP>[^<]+)+)</THINK><ANS>([^<]*)</ANS><EOS>")
 
+PROMPT_TAGS = ("<INST>", "</INST>")
+
 
 @dataclass(frozen=True)
 class Example:
@@ -35,7 +37,7 @@ class Task(Protocol):
 
 def render_prompt(question: str) -> str:
     """The prompt a question is wrapped in."""
-    return f"<INST>{question}</INST>"
+    return question.join(PROMPT_TAGS)
 
 
 def render_completion(example: Example) -> str:

@@ -26,7 +26,7 @@ FEW = ("--n", "1", "--no-harder")
         ("--json {tmp}/none/x.json", "does not exist; make it first"),
         ("--suite reasonng", "did you mean 'reasoning'? Suites: reasoning, s3, loops."),
         ("--exit calibratd", "did you mean 'calibrated'?"),
-        ("--device gpu", "Devices: cpu, cuda, auto."),
+        ("--device gpu", "cannot be used here; give cpu, cuda"),
         ("--dtype bf61", "did you mean 'bf16'?"),
     ],
 )

@@ -108,7 +108,7 @@ def test_staircase_scores_whole_sequences(make_model: Callable[..., LoopedLM]) -
     model_config = make_model(*config).config
 
     class Perfect(torch.nn.Module):
-        config = model_config
+        config, source = model_config, "a model that is always right"
         embed = torch.nn.Embedding(7, 1)
 
         def forward(self, ids: torch.Tensor, *, n_loops: int) -> object:

@@ -14,6 +14,15 @@ from looplm.model.loop.plan import LoopPlan
 WHOLE = (torch.int64, torch.int32)
 
 
+def one_plan(plan: LoopPlan | None, *, n_loops: int | None, usual: int) -> LoopPlan:
+    """The plan of a forward: the given one, or one of `n_loops` loops, or of the `usual` number."""
+    if plan is None:
+        return LoopPlan(usual if n_loops is None else n_loops)
+    if n_loops is not None:
+        raise ConfigError(f"n_loops {n_loops} and a plan of {plan.n_loops} loops were both given; give one")
+    return plan
+
+
 def check_ids(ids: Tensor, *, plan: LoopPlan, positions: Tensor | None, before: Tensor | None, n_back: int) -> None:
     """Refuse ids that are not whole numbers (B, T), and what is given beside them in another shape."""
     if not isinstance(ids, Tensor):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from looplm.config import Config, Layers, Loops, Scale, Size
 from looplm.errors import ConfigError, DataError
-from looplm.model.arguments import check_cache, check_ids, check_rows, out_of_range
+from looplm.model.arguments import check_cache, check_ids, check_rows, one_plan, out_of_range
 from looplm.model.attention import GQAConfig
 from looplm.model.block import AdapterConfig, Block, BlockConfig, run_layers
 from looplm.model.cache import KVCache, Slot, join, left_behind
@@ -213,10 +213,7 @@ class LoopedLM(nn.Module):
         With a cache, `positions` (B, T) says where each token stands, `n_keys` how many keys any row can see, and
         `before` (B, n_back) which tokens came just before, as the smear takes them in.
         """
-        if plan is None:
-            plan = LoopPlan(self.config.n_loops if n_loops is None else n_loops)
-        elif n_loops is not None:
-            raise ConfigError(f"n_loops {n_loops} and a plan of {plan.n_loops} loops were both given; give one")
+        plan = one_plan(plan, n_loops=n_loops, usual=self.config.n_loops)
         check_ids(ids, plan=plan, positions=positions, before=before, n_back=self.n_back)
         parts = self._parts(ids, cache=cache, n_keys=n_keys)
         if isinstance(parts, CompiledParts) and self._is_unrolled(plan) and before is not None:
@@ -243,11 +240,8 @@ class LoopedLM(nn.Module):
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
         """Mean cross-entropy, nats, of targets (N,) given hidden states (N, D)."""
-        weight = self.head.weight[: self.config.n_targets]
-        softcap = self.config.softcap
-        return cross_entropy(
-            hidden, weight, targets, softcap=softcap, label_smoothing=label_smoothing, chunk=self.loss_chunk
-        )
+        weight, softcap, chunk = self.head.weight[: self.config.n_targets], self.config.softcap, self.loss_chunk
+        return cross_entropy(hidden, weight, targets, softcap=softcap, label_smoothing=label_smoothing, chunk=chunk)
 
     def compile_parts(self, *, rows_vary: bool = False) -> None:
         """Compile the layers and the loss, for inputs of one shape or, with `rows_vary`, of any number of rows: not the
@@ -324,9 +318,7 @@ class LoopedLM(nn.Module):
         training wants to know of the parts is put into `asides`, the state after every loop that ran into `states`."""
         check_ids(ids, plan=plan, positions=positions, before=before, n_back=self.n_back)
         if cache is None and ids.shape[1] > self.config.seq_len:
-            raise DataError(
-                f"{ids.shape[1]} tokens do not fit the model's context of {self.config.seq_len}; shorten them"
-            )
+            raise DataError(f"{ids.shape[1]} tokens do not fit the model's context of {self.config.seq_len}; cut them")
         if cache is not None:
             check_cache(cache, n_rows=len(ids), n_keys=n_keys)
             self._check_cached(cache, plan=plan, positions=positions, n_keys=n_keys)

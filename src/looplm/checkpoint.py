@@ -1,4 +1,4 @@
-"""Checkpoints: a folder of safetensors and JSON, written beside its place and renamed into it, the marker last.
+"""Checkpoints: a folder of safetensors and JSON, written under another name and renamed, the marker last.
 
     RUN/config.yaml                       the resolved config, itself a valid input
     RUN/checkpoints/step-00001200/        model.safetensors  training.safetensors  state.json  COMPLETE
@@ -240,12 +240,12 @@ def described(path: Path) -> dict[str, Tensor]:
 
 
 def read_into(targets: Mapping[str, Tensor], path: Path) -> None:
-    """Fill tensors by name from a safetensors file or its shards; of those that are shared out, this rank's part."""
+    """Fill tensors by name from a safetensors file or its shards; of sharded tensors, this rank's part."""
     if _shards(path).is_dir():
         import torch.distributed.checkpoint as dcp  # takes as long as torch itself
 
         with _naming_shards(path), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process alone is told so
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a warning that one process alone gets
             dcp.load(dict(targets), storage_reader=_reader(path), no_dist=True)
         return
     found = read_tensors(path)

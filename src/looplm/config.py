@@ -21,7 +21,7 @@ PRESETS = Path(__file__).parent / "presets"
 PresetKind = Literal["model", "run"]
 LARGEST = 2**63 - 1  # whole numbers beyond have no place in a tensor
 MOST_SIZE = 2**31 - 1  # of one dimension; what a machine has memory for is decided when a run starts
-MOST_LAYERS = 1000  # each is a Python object of its own, whatever its size
+MOST_LAYERS = 1000  # each is a Python object, whatever its size
 MOST_LOOPS = 100_000
 MOST_SCALE = 1e30  # and its inverse: what fp32 holds with room for what it is multiplied by
 
@@ -167,7 +167,7 @@ def _split(override: str) -> tuple[list[str], str]:
 
 
 def _value(override: str, text: str) -> Any:
-    """What an override's value is. A shell's word is a text of its own wherever YAML has no other meaning for it."""
+    """The value of an override. A word is text wherever YAML gives it no other meaning."""
     try:
         value = parse_yaml(text)
     except ValueError as error:

@@ -1,5 +1,5 @@
-"""Many processes as one: who this one is, and what they have to agree on. Without torchrun there is one, and everything
-here does nothing.
+"""Several processes that train as one: the rank of this one, and what all ranks must agree on. Without torchrun there
+is one process, and nothing here does anything.
 
 FSDP and DTensor are imported only where a model is sharded: with sympy, they take as long as torch itself.
 """
@@ -50,8 +50,8 @@ def process_group(*, device: str = "auto") -> Iterator[None]:
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     try:
         yield
-        dist.barrier()  # a rank that is gone first takes the connections of the others with it
-        gc.collect()  # what still holds the group (DDP, in a cycle) has to go before it does
+        dist.barrier()  # a rank that ends first would close the connections of the others
+        gc.collect()  # what still holds the group (DDP, in a cycle) must be collected before it is destroyed
     finally:
         dist.destroy_process_group()
 
@@ -67,12 +67,13 @@ def n_ranks() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Whether this process writes files and prints."""
     return rank() == 0
 
 
 def on_main(action: Callable[[], object]) -> None:
-    """Do it on rank 0 while the others wait; where it fails, all fail, the others with an OSError that says why."""
+    """Call `action` on rank 0 while the others wait. If it fails, all fail, the others with an OSError that says
+    why."""
     failed: Exception | None = None
     if is_main():
         try:
@@ -95,7 +96,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def from_main(value: T) -> T:
-    """What rank 0 has."""
+    """The value of rank 0."""
     if not dist.is_initialized():
         return value
     box: list[Any] = [value]
@@ -115,9 +116,9 @@ def summed(values: list[float], *, device: torch.device) -> list[float]:
 
 
 def shard(module: nn.Module, *, layers: Iterable[nn.Module], device: str) -> "FSDPModule":
-    """Share the parameters of `module` out to all ranks (FSDP2), and with them gradients and optimizer state. Each of
-    `layers` is gathered when it runs; all else, with it the core, once at the beginning of `module`'s forward, to stay
-    until its backward is done, however many loops there are.
+    """Shard the parameters of `module` over all ranks (FSDP2), and with them gradients and optimizer state. Each of
+    `layers` is gathered when it runs. All else, the core too, is gathered once at the beginning of `module`'s forward
+    and stays until its backward is done, however many loops there are.
 
     Raises:
         ValueError: a parameter is 0-d.
@@ -139,12 +140,12 @@ def is_shared_out(tensor: Tensor) -> TypeGuard["DTensor"]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that is shared out, its own memory; any other tensor as it is."""
+    """This rank's part of a sharded tensor, sharing its memory; any other tensor as it is."""
     return tensor.to_local() if is_shared_out(tensor) else tensor
 
 
 def gathered(part: Tensor, *, like: Tensor) -> Tensor:
-    """All of a tensor of which this rank has `part`, shared out as `like` is."""
+    """The whole of a tensor of which this rank has `part`, sharded as `like` is."""
     if not is_shared_out(like):
         return part
     from torch.distributed.tensor import DTensor
@@ -154,7 +155,7 @@ def gathered(part: Tensor, *, like: Tensor) -> Tensor:
 
 
 def part_of(tensor: Tensor, *, like: Tensor) -> Tensor:
-    """This rank's part of `tensor`, which all ranks have, shared out as `like` is: the inverse of `gathered`."""
+    """This rank's part of `tensor`, which all ranks have, sharded as `like` is: the inverse of `gathered`."""
     if not is_shared_out(like):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate
@@ -164,7 +165,7 @@ def part_of(tensor: Tensor, *, like: Tensor) -> Tensor:
 
 
 def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Its sum over all ranks."""
+    """The sum of a tensor over all ranks."""
     if not dist.is_initialized():
         return tensor
     total = tensor.clone()

@@ -1,4 +1,5 @@
-"""Mistakes a user can make and mend. Bugs use `assert`; everything here is caught by the CLI and shown as one line."""
+"""Mistakes that a user can make and mend. Bugs use `assert`; everything here is caught by the CLI and shown as one
+line."""
 
 
 class LooplmError(Exception):
@@ -18,7 +19,7 @@ class CheckpointError(LooplmError):
 
 
 class TrainingError(LooplmError):
-    """Training that cannot go on: a non-finite loss, a full disk, an unwritable folder."""
+    """Training that cannot continue: a non-finite loss, a full disk, an unwritable folder."""
 
 
 class FolderError(TrainingError):

@@ -187,7 +187,7 @@ def _check_text(data: Any) -> None:
 class _Loader(yaml.SafeLoader):
     """Makes nodes of a text; what a scalar means is `_scalar`'s."""
 
-    DEFAULT_SCALAR_TAG = "scalar"  # type: ignore[misc]  # what has no tag of its own
+    DEFAULT_SCALAR_TAG = "scalar"  # type: ignore[misc]  # a node without a tag
     TEXT_TAG = "tag:yaml.org,2002:str"
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012, as the class above has it
 

@@ -114,7 +114,7 @@ def test_ctrl_c_says_how_to_go_on(tok: Path, tmp_path: Path) -> None:
         while not (tmp_path / "out" / "train-00001.bin").exists():
             time.sleep(0.05)
         job.send_signal(signal.SIGINT)
-        assert job.communicate()[1] == "stopped; the same command goes on from the last finished shard\n"
+        assert job.communicate()[1] == "stopped; the same command continues from the last finished shard\n"
     assert job.returncode == 130
     succeeds(*words, "--out", tmp_path / "out")
     succeeds(*words, "--out", tmp_path / "whole")

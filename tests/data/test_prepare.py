@@ -148,7 +148,7 @@ def test_what_was_stopped_goes_on_to_the_same_bytes(tmp_path: Path, stop_after: 
     with pytest.raises(KeyboardInterrupt):
         prepare(config, byte_tokenizer(), tmp_path / "parts", on_progress=stop)
     if (tmp_path / "parts" / MANIFEST).exists():
-        with pytest.raises(DataError, match="is not done: run the"):
+        with pytest.raises(DataError, match="is not finished: run its"):
             TokenStream(tmp_path / "parts", split=TRAIN)
     assert prepare(config, byte_tokenizer(), tmp_path / "parts") == whole
     assert whole.skipped == {"not JSON": 3}
@@ -181,7 +181,7 @@ def test_no_text_and_too_little_of_it_are_clear_errors(make: Callable[..., Path]
         source(str(tmp_path / "none"))
     shard = folder / "train-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
-    with pytest.raises(DataError, match="has 24 bytes in place of 26"):
+    with pytest.raises(DataError, match="has 24 bytes instead of 26"):
         source(str(folder), row_len=4)
     (folder / MANIFEST).write_text("{")
     with pytest.raises(DataError, match="is no manifest"):

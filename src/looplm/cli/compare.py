@@ -21,7 +21,7 @@ def compare(
         typer.Option(help="Folder for the runs and the report. Default: compare/RECIPE.", show_default=False),
     ] = None,
     minutes: Annotated[
-        float, typer.Option(help="About the wall time of a looped run; more where sequences grow.")
+        float, typer.Option(help="Approximate minutes of a looped run; more where sequences grow.")
     ] = 3.0,
     seeds: Annotated[int, count_option("--seeds", help="Runs of every arm, seeds 0, 1, ...")] = 3,
     jobs: Annotated[int, count_option("--jobs", help="Runs at a time, each with its share of the cores.")] = 1,

@@ -13,14 +13,14 @@ SYSTEM = typer.Argument(metavar="{nanochat,openmythos,osrt}", help="The system t
 
 def import_(
     system: Annotated[str, SYSTEM],
-    checkpoint: Annotated[Path, typer.Argument(help="Its file, or the folder that holds it.")],
+    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint file, or the folder that holds it.")],
     out: Annotated[Path, typer.Option(help="Run folder to make.")],
     config: Annotated[
         Path | None,
         typer.Option(help="JSON of the original's config fields, where the file lacks them.", show_default=False),
     ] = None,
 ) -> None:
-    """Make a run folder of another system's checkpoint; every other command takes it.
+    """Make a run folder of another system's checkpoint: for count, export and looplm.load.
 
     Examples:
 
@@ -43,7 +43,7 @@ def average(
     out: Annotated[Path, typer.Option(help="Run folder to make.")],
     last: Annotated[int, count_option("--last", help="How many of the newest checkpoints.")] = 2,
 ) -> None:
-    """Average the weights of a run's last checkpoints: often better than the last of them, for nothing.
+    """Average the weights of a run's last checkpoints: often better than the last one, without more training.
 
     Examples:
 

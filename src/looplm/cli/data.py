@@ -24,11 +24,11 @@ def prepare(
         typer.Option(help="A folder of `looplm tokenizer train`, or a tokenizer.json.", show_default=False),
     ] = None,
     field: Field = None,
-    held_out: Annotated[float, typer.Option(help="Share of the documents never learned from.")] = 0.01,
+    held_out: Annotated[float, typer.Option(help="Share of the documents kept away from training.")] = 0.01,
     fim: Annotated[float, typer.Option(help="Share of the documents turned into prefix, suffix, middle.")] = 0.0,
     shard_tokens: Annotated[int, count_option("--shard-tokens", help="Tokens of a shard.")] = 1 << 24,
     seed: Annotated[int, count_option("--seed", help="Seed of the order within shards.", least=0)] = 0,
-    inspect: Annotated[bool, typer.Option("--inspect", help="Look at OUT in place of making it.")] = False,
+    inspect: Annotated[bool, typer.Option("--inspect", help="Show what OUT holds instead of making it.")] = False,
 ) -> None:
     """Tokenise text into memory-mapped shards, on all cores. Stopped, the same command continues.
 
@@ -61,14 +61,14 @@ def prepare(
         with _BytesProgress() as progress:
             manifest = write(config, load_tokenizer(tokenizer), out, on_progress=progress)
     except KeyboardInterrupt:
-        typer.secho("stopped; the same command goes on from the last finished shard", dim=True, err=True)
+        typer.secho("stopped; the same command continues from the last finished shard", dim=True, err=True)
         raise typer.Exit(130) from None
     if is_done:
         typer.secho(f"{out} was complete already, and its text and options are as they were", dim=True, err=True)
     n_bytes = sum(shard.n_bytes for shard in manifest.shards)
     n_tokens = {split: manifest.n_tokens(split) for split in (TRAIN, HELD_OUT)}
     typer.echo(
-        f"{n_tokens[TRAIN]:,} tokens to learn from, {n_tokens[HELD_OUT]:,} held out, "
+        f"{n_tokens[TRAIN]:,} tokens to train on, {n_tokens[HELD_OUT]:,} held out, "
         f"{n_bytes / max(1, sum(n_tokens.values())):.2f} bytes a token, in {out}"
     )
     for line in Skipped(manifest.skipped).lines():
@@ -79,7 +79,7 @@ def prepare(
 
 
 class _BytesProgress:
-    """How much text is done; how much there is nobody knows of a stream."""
+    """How much text is done; the length of a stream is not known."""
 
     def __init__(self) -> None:
         import sys

@@ -1,4 +1,4 @@
-"""`looplm eval` and `looplm demo`."""
+"""`looplm eval`, `looplm calibrate` and `looplm demo`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,7 +60,7 @@ def evaluate(
     missing: Annotated[
         str | None,
         typer.Option(
-            help="With --exit, for text: keys of the loops left out, recompute or last.", show_default="recompute"
+            help="With --exit, for text: the keys of skipped loops, recompute or last.", show_default="recompute"
         ),
     ] = None,
     data: Annotated[
@@ -115,7 +115,7 @@ def evaluate(
             _refuse({"--data": data}, NO_TEXT)
             if questions is not None and (n is not None or harder is not None):
                 raise ConfigError(
-                    "--n and --harder choose generated questions; with --questions all of the file is scored"
+                    "--n and --harder choose generated questions; with --questions the whole file is scored"
                 )
             early = None if exit_rule is None else early_exit(exit_rule, run=run, missing=missing)
             options: dict[str, Any] = {"loops": loops, "n": n, "questions": questions, "harder": harder}
@@ -160,7 +160,7 @@ def calibrate(
     ] = None,
     missing: Annotated[
         str | None,
-        typer.Option(help="For text: keys of the loops left out, recompute or last.", show_default="recompute"),
+        typer.Option(help="For text: the keys of skipped loops, recompute or last.", show_default="recompute"),
     ] = None,
     n: Annotated[
         int, count_option("--n", help="Fresh questions to calibrate on, all tasks together.", most=MOST_QUESTIONS)
@@ -192,7 +192,7 @@ def calibrate(
             raise ConfigError(f"{option} {share:g} is a share: give a number between 0 and 1")
     check_promise(n, max_loss=max_loss, confidence=confidence)
     if rule is not None and ":" in rule:
-        raise ConfigError(f"--rule {rule!r} names a threshold, which is what is looked for; give the kind alone")
+        raise ConfigError(f"--rule {rule!r} names a threshold, which is what calibration finds; give the kind alone")
     folder = run_folder(run)
     check_json(json_out)
     check_writable(folder / FILE, option="RUN")
@@ -223,7 +223,7 @@ def calibrate(
 
 
 def _sequence_trials(loaded: Any, *, lengths: str, loops: str, n: int) -> tuple[Any, str]:
-    """How trials on permutations are made, given who hears of the progress, and what they ask."""
+    """A function from a progress callback to trials on permutations, and what the trials ask."""
     from looplm.cli.arguments import numbers
     from looplm.eval.exits import CALIBRATION_SEED, SequenceTrials
     from looplm.eval.staircase import loops_for
@@ -239,7 +239,7 @@ def _sequence_trials(loaded: Any, *, lengths: str, loops: str, n: int) -> tuple[
 
 
 def _question_trials(loaded: Any, *, run: str, loops: str | None, n: int, missing: Any) -> tuple[Any, str]:
-    """How trials on the reasoning suite are made, given who hears of the progress, and what they ask."""
+    """A function from a progress callback to trials on the reasoning suite, and what the trials ask."""
     from looplm.cli.arguments import loop_counts
     from looplm.eval.exits import CALIBRATION_SEED, QuestionTrials
     from looplm.eval.reasoning import as_reasoner
@@ -297,7 +297,7 @@ def _dial(
     from looplm.eval.plots import dial_plot
 
     if loaded.config.get("data", {}).get("kind") in TEXT_KINDS:
-        _refuse({"--n": n}, "counts questions or sequences; of a text all that is held out is scored")
+        _refuse({"--n": n}, "counts questions or sequences; of a text, all held-out tokens are scored")
         text = located_text(loaded, folder=run_folder(run), given=data)
         loaded.config["data"] = text.model_dump(mode="json")
     else:
@@ -362,13 +362,13 @@ def _reasoning(
 
 
 def _check_given(*, suite: str | None, missing: str | None, exit_rule: str | None) -> None:
-    """Refuse what is wrong whatever the run."""
+    """Refuse values that are wrong for every run."""
     from looplm.config import did_you_mean
 
     if suite not in (None, *SUITES):
         raise ConfigError(f"no suite {suite!r}{did_you_mean(suite, SUITES)} Suites: {', '.join(SUITES)}.")
     if missing is not None and exit_rule is None:
-        raise ConfigError("--missing says what --exit leaves out; give --exit too")
+        raise ConfigError("--missing belongs to --exit; give --exit too")
 
 
 def _refuse(options: dict[str, Any], reason: str) -> None:

@@ -83,7 +83,7 @@ def config(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Another model preset or YAML file.", show_default=False)] = None,
 ) -> None:
-    """Print the resolved config of a run, a valid input itself.
+    """Print the resolved config of a run, which is itself a valid recipe.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""`looplm plan`: what a run would need, before anything is bought."""
+"""`looplm plan`: what a run needs, before anything is bought."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,7 +34,7 @@ def plan(
     ] = None,
     json_out: JsonSwitch = False,
 ) -> None:
-    """Parameters, FLOPs, memory per GPU, hours and dollars of a run. Reads no data and takes no GPU.
+    """Parameters, FLOPs, memory per GPU, hours and dollars of a run. Reads no data and needs no GPU.
 
     Examples:
 

@@ -25,7 +25,7 @@ Exit = Annotated[
 ]
 Missing = Annotated[
     str | None,
-    typer.Option(help="With --exit: keys of the loops left out, recompute or last.", show_default="recompute"),
+    typer.Option(help="With --exit: the keys of skipped loops, recompute or last.", show_default="recompute"),
 ]
 DraftLoops = Annotated[
     int | None,
@@ -90,7 +90,7 @@ def generate(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="A file with a prompt a line, blank lines skipped. (An option of its own, since a prompt may begin "
+            help="A file with a prompt a line, blank lines skipped. (A separate option, since a prompt may begin "
             "with any character.)",
             show_default=False,
         ),
@@ -101,7 +101,7 @@ def generate(
         int | None,
         count_option(
             "--batch-size",
-            help="Most prompts at a time; the others take the places of those that end.",
+            help="Most prompts at a time; a waiting prompt starts when another one ends.",
             show_default="as many as 600 MB hold",
         ),
     ] = None,
@@ -174,7 +174,7 @@ def generate(
 
 
 def _prompts(given: Sequence[str], file: Path | None) -> list[str]:
-    """All prompts: those of --prompt, of standard input where that is `-`, then those of --prompts."""
+    """All prompts: of --prompt (of standard input where that is `-`), then of --prompts."""
     import sys
 
     from looplm.errors import DataError
@@ -232,7 +232,7 @@ def _depth(run: str, *, exit_rule: str | None, missing: str | None, draft: int |
     from looplm.infer.speculate import Draft
 
     if missing is not None and exit_rule is None:
-        raise ConfigError("--missing says what --exit leaves out; give --exit too")
+        raise ConfigError("--missing belongs to --exit; give --exit too")
     if draft is not None and exit_rule is not None:
         raise ConfigError("--draft checks every token at full depth and --exit leaves loops out; give one of them")
     return {

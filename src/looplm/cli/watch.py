@@ -1,4 +1,4 @@
-"""`looplm watch` and `looplm report`: a run while it goes on, and afterwards."""
+"""`looplm watch` and `looplm report`: a run while it trains, and afterwards."""
 
 import math
 import time
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-=+*%#"  # for terminals and files that have no other characters
-NARROW = 80  # columns below which a curve and its numbers stand on lines of their own
-SHOWN = {  # what is told of the newest record, and how
+NARROW = 80  # columns below which a curve and its numbers stand on separate lines
+SHOWN = {  # the numbers shown of the newest record, and their format
     "loss": "{:.4f}",
     "val_bpb": "{:.4f} bits per byte, held out",
     "val_loss": "{:.4f} held out",
@@ -38,9 +38,7 @@ RunArgument = Annotated[Path, typer.Argument(help="A run folder of `looplm train
 
 def watch(
     run: RunArgument,
-    once: Annotated[
-        bool, typer.Option("--once", help="Print it once and end, as it does where there is no terminal.")
-    ] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print once and end; so it is without a terminal.")] = False,
     every: Annotated[float, typer.Option(help="Seconds between looks.")] = 1.0,
 ) -> None:
     """Watch a run in the terminal: curves, newest numbers, the newest sample. Ctrl-C ends it; the run continues.

@@ -42,7 +42,7 @@ class Loader:
             num_workers=n_workers,
             prefetch_factor=min(MOST_AHEAD, max(4, -(-n_ahead // n_workers))) if n_workers else None,
             worker_init_fn=_ignore_signals,
-            # its own, unused: the default draws a seed from torch's global generator, once more for every resume
+            # an unused generator: the default draws a seed from torch's global generator, once more at every resume
             generator=torch.Generator(),
         )
 

@@ -96,7 +96,7 @@ class Manifest:
     """One a part; empty in folders of the versions that did not keep them."""
     shards: list[Shard] = field(default_factory=list)
     part: NonNegativeInt = 0
-    """The part to go on with, and how many of its documents are done."""
+    """The part to continue with, and how many of its documents are done."""
     n_done: NonNegativeInt = 0
     skipped: dict[str, int] = field(default_factory=dict)
     complete: bool = False
@@ -166,7 +166,7 @@ def origin(part: str) -> Origin:
 
 
 def refuse_others(old: Manifest, new: Manifest, folder: Path) -> None:
-    """Refuse to go on with a folder that was begun with other options, another tokenizer or, where it is complete,
+    """Refuse to continue a folder that was begun with other options, another tokenizer or, where it is complete,
     other text.
 
     Raises:
@@ -214,8 +214,8 @@ def _has_changed(part: str, before: Origin, now: Origin) -> bool:
 
 
 def go_back(old: Manifest, new: Manifest) -> list[Shard]:
-    """Make `old`, which is not complete, go on with the text of `new`: only shards that hold nothing of a file that has
-    changed, or of one after it, are kept. The others are returned."""
+    """Make `old`, which is not complete, continue with the text of `new`: only shards that hold nothing of a file that
+    has changed, or of one after it, are kept. The others are returned."""
     first = 0
     for part, now in zip(new.parts, new.origins, strict=True):
         is_same = first < len(old.origins) and old.parts[first] == part

@@ -44,7 +44,7 @@ class Batch:
         return int((self.targets != IGNORE).sum())
 
     def clone(self) -> "Batch":
-        """The same batch in memory of its own."""
+        """A copy of the batch."""
         return Batch(self.ids.clone(), self.targets.clone(), None if self.documents is None else self.documents.clone())
 
     def to(self, device: torch.device) -> "Batch":

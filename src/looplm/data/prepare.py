@@ -1,6 +1,6 @@
 """From documents to shards: tokens on disk, cut once and read by memory map ever after.
 
-    FOLDER/manifest.json           what was asked for, every shard with its sizes and checksum, and where to go on
+    FOLDER/manifest.json           what was asked for, every shard with its sizes and checksum, and where to continue
     FOLDER/tokenizer.json          the tokenizer, copied
     FOLDER/train-00000.bin         token ids, little-endian, each document followed by the end-of-text token
     FOLDER/train-00000.ends.npy    where each document ends (its end-of-text token included)
@@ -54,11 +54,11 @@ SHUFFLE_STREAM, FIM_STREAM = 0, 1
 def prepare(
     config: PrepareConfig, tokenizer: Tokenizer, folder: Path, *, on_progress: Callable[[int], None] | None = None
 ) -> Manifest:
-    """Tokenise all sources into `folder`, or go on where an earlier call was stopped. `on_progress` is called with the
-    bytes of text that were just done.
+    """Tokenise all sources into `folder`, or continue where an earlier call was stopped. `on_progress` is called with
+    the bytes of text that were just done.
 
-    A folder that is complete and of the same text and options is left as it is. One that was stopped goes on with what
-    the sources hold now: shards of files that have changed since are made again.
+    A folder that is complete and of the same text and options is left as it is. One that was stopped continues with
+    what the sources hold now: shards of files that have changed since are made again.
 
     Raises:
         ConfigError: the folder was made with other settings or of other text, it lies among the sources, or the
@@ -104,7 +104,7 @@ def _matches(path: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _begin(config: PrepareConfig, tokenizer: Tokenizer, parts: list[str], folder: Path) -> Manifest:
-    """The manifest to go on with, or a new one."""
+    """The manifest to continue with, or a new one."""
     text = tokenizer.to_str()
     new = Manifest(
         config=config,

@@ -33,7 +33,7 @@ from looplm.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from looplm.data.pack import Batch
 
-BLOCK = 1024  # rows in which every folder has its share
+BLOCK = 1024  # rows, among which every folder has its share
 MOST_FOLDERS = 32
 BUILTIN_VOCAB = 4096
 # the first word of a seed: the order of windows and the mixture of folders are drawn independently
@@ -62,7 +62,7 @@ class PreparedConfig(Config):
     n_rows: Size = 16
     """Rows of a micro-batch."""
     n_tokens: Size | None = None
-    """Tokens of a micro-batch, in place of n_rows, whatever the length of its rows; null for n_rows."""
+    """Tokens of a micro-batch, instead of n_rows, whatever the length of its rows; null for n_rows."""
     row_len: Size = 512
     """Tokens of a row."""
     mask_documents: bool = False
@@ -126,7 +126,7 @@ class TokenStream:
         manifest = read_manifest(folder)
         if not manifest.complete:
             raise DataError(
-                f"{str(folder)!r} is not done: run the `looplm data prepare` that made it again, it goes on"
+                f"{str(folder)!r} is not finished: run its `looplm data prepare` command again, which continues"
             )
         self.folder, self.split, self.manifest = folder, split, manifest
         self.shards = [shard for shard in manifest.shards if shard.split == split]
@@ -196,7 +196,7 @@ class TokenStream:
         wanted = shard.n_tokens * self.dtype.itemsize
         size = path.stat().st_size if path.is_file() else None
         if size != wanted:
-            is_what = "is not there" if size is None else f"has {size:,} bytes in place of {wanted:,}"
+            is_what = "is not there" if size is None else f"has {size:,} bytes instead of {wanted:,}"
             raise DataError(f"shard {str(path)!r} {is_what}; remove the folder and prepare it again")
 
 
@@ -219,7 +219,7 @@ class PreparedSource:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """What the text was cut with."""
+        """The tokenizer of the text."""
         first = next(iter(self.streams.values()))
         path = first.folder / TOKENIZER
         tokenizer = load_tokenizer(path)
@@ -387,7 +387,7 @@ def open_folder(name: str) -> Path:
 
 
 def builtin_python() -> Path:
-    """The running Python's standard library, prepared with a tokenizer of its own, in the user's cache."""
+    """The running Python's standard library, prepared with a tokenizer made for it, in the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "looplm"
     folder = cache / f"python-{sysconfig.get_python_version()}-{BUILTIN_VOCAB}"
     if folder.is_dir():

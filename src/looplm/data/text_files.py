@@ -34,7 +34,7 @@ def file_size(path: Path) -> int:
     """Bytes of a file.
 
     Raises:
-        DataError: it is not there, or is something that has no end or no bytes of its own.
+        DataError: it is not there, or is a device, a pipe or a folder.
     """
     try:
         found = path.stat()

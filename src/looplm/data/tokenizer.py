@@ -66,7 +66,7 @@ def longest_token(tokenizer: Tokenizer) -> int:
 
 def check_text(text: str, *, most: int, what: str = "the prompt") -> None:
     """Refuse, before it is encoded, a text from outside that cannot be used. A tokenizer takes minutes over millions of
-    characters, or gives up with an exception of its own.
+    characters, or raises an exception that is not Python's.
 
     Raises:
         DataError: the text has more than `most` characters, or half a surrogate pair: it was not UTF-8.

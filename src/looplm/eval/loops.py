@@ -1,5 +1,5 @@
-"""The dial measured: quality by number of loops up to four times the trained one, what the state does meanwhile, and
-what both say of the model. Held-out data only.
+"""The dial, measured: quality by number of loops up to four times the trained one, what the state does meanwhile, and
+what follows for the model. Held-out data only.
 
 A looped model *settles* when later loops change the state less and less: then more of them are safe, and a token whose
 state has settled can stop. One that *drifts* falls apart beyond the depth it was trained at.

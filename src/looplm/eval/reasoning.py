@@ -59,7 +59,7 @@ def load_reasoner(run: str | Path) -> Reasoner:
 
 
 def as_reasoner(loaded: LoadedRun, *, run: str | Path) -> Reasoner:
-    """A loaded run as a reasoner, if text is what it was trained on."""
+    """A loaded run as a reasoner, if it was trained on questions."""
     kind = loaded.config.get("data", {}).get("kind")
     if kind != "reasoning":
         raise CheckpointError(
@@ -115,7 +115,8 @@ def evaluate(
     early: EarlyExit | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Result:
-    """Score all questions, with the exits of `early` if given; `on_progress` hears how many more are done."""
+    """Score all questions, with the exits of `early` if given; `on_progress` is called with the number of newly scored
+    ones."""
     if not questions:
         raise DataError("there is no question to score; give one or more")
     loops = LoopPlan(reasoner.model.config.n_loops if n_loops is None else n_loops).n_loops

@@ -74,7 +74,7 @@ def load_foreign(
 
 def _matched(table: ModuleType, ours: ModelConfig, state: Mapping[str, Tensor]) -> tuple[list[Rule], str]:
     """The rules of a model, and in one line what does not fit the weights."""
-    # every layer, expert and loop with an adapter has tensors of its own: more of them need not be built
+    # every layer, expert and loop with an adapter has its own tensors: a model with more of them is not built
     ffn = ours.core_ffn or ours.block.ffn
     moe = ffn.moe if isinstance(ffn, ParallelConfig) else ffn
     n_experts = moe.n_experts if isinstance(moe, MoEConfig) else 0

@@ -65,7 +65,7 @@ class ImportedConfig(Config):
 
 
 class MythosConfigStub:
-    """Takes the place of open_mythos.main.MythosConfig in their pickles: fields, nothing else."""
+    """Stands for open_mythos.main.MythosConfig in their pickles: fields, nothing else."""
 
 
 def read_foreign(system: str, path: Path, *, config: Mapping[str, Any] | None = None) -> ForeignCheckpoint:
@@ -236,8 +236,8 @@ def _save(held: Mapping[str, Any], path: Path) -> None:
 def _save_mythos(
     state: Mapping[str, Tensor], config: Mapping[str, Any], path: Path, *, beside: Mapping[str, Any]
 ) -> None:
-    """As OpenMythos saves: beside the weights an object of its config class, which is only named in the file. Pickle
-    wants to see the class it names, so the stub stands in its module while it writes."""
+    """As OpenMythos saves: the weights and an object of its config class, of which the file holds only the name. Pickle
+    looks the class up by that name, so the stub stands in its module while it writes."""
     stub = type("MythosConfig", (), {"__module__": MYTHOS_MODULE})
     config_object = stub()
     config_object.__dict__.update(config)

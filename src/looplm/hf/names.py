@@ -7,7 +7,7 @@ from torch import Tensor
 
 from looplm.errors import CheckpointError
 
-# parts of a name that stand for a module wrapped round another; no system has a part of its own called so
+# parts of a name that stand for a module wrapped round another; no system calls a part so
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 

@@ -188,7 +188,7 @@ def _attention_rules(config: ModelConfig, ours: str, theirs: str) -> list[Rule]:
 
 
 def rope_buffers(fields: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The rotation tables that OpenMythos keeps among its weights, and misses where they are not."""
+    """The rotation tables that OpenMythos keeps among its weights and expects in a checkpoint."""
     original = original_config(fields, {})
     widths = {"freqs_cis": original.dim // original.n_heads, "freqs_cis_mla": original.qk_rope_head_dim}
     positions = torch.arange(original.max_seq_len, dtype=torch.float32)

@@ -52,7 +52,8 @@ class Turns:
 
     @contextmanager
     def compilation(self) -> Iterator[None]:
-        """Compile, once the forwards of all other threads have ended. Within a forward of its own too."""
+        """Compile, once the forwards of all other threads have ended. A forward that is running in this thread may
+        compile too."""
         me = threading.get_ident()
         with self._changed:
             mine, is_inner = self._forwards.pop(me, 0), self._compiling == me  # its own forwards wait for it

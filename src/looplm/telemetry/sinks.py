@@ -101,7 +101,7 @@ class WandbSink:
             import wandb
         except ImportError:
             raise ConfigError("train.wandb takes wandb, which is not installed: pip install 'looplm[track]'") from None
-        kept = folder / "wandb_id.txt"  # drawn once for a run, wherever its folder goes
+        kept = folder / "wandb_id.txt"  # drawn once for a run, and moved with its folder
         if not kept.exists():
             write_whole(kept, uuid.uuid4().hex[:16].encode())
         config = read_yaml(folder / "config.yaml")

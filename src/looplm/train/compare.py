@@ -186,7 +186,7 @@ class Comparison:
             try:
                 for _ in pool.map(self._train_one, [each for each in runs if not is_finished(each)]):
                     pass
-            except BaseException:  # after a failure or a signal none goes on unwatched: those that train save first
+            except BaseException:  # after a failure or a signal no child runs on unwatched: each saves first
                 self._end_children()
                 raise
 
@@ -385,8 +385,8 @@ def markdown(found: Sequence[Arm], *, title: str, command: str, machine: str) ->
             cells.append(f"{mean:.3f} ± {half:.3f}" if is_lower_better(metric) else f"{mean:.1f} ± {half:.1f}")
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "![every seed, and the mean with its interval](report.png)", ""]
-    lines += ["looped: the recipe. iso-parameter: the same model run once, as many steps. iso-FLOP: layers of its own"]
-    lines += [f"in place of {found[0].n_loops} loops, as many steps. iso-wall-time: the iso-parameter model, trained"]
+    lines += ["looped: the recipe. iso-parameter: the same model run once, as many steps. iso-FLOP: separate layers"]
+    lines += [f"instead of {found[0].n_loops} loops, as many steps. iso-wall-time: the iso-parameter model, trained"]
     lines += ["as long as the looped one. Baselines have no window.", ""]
     return "\n".join(lines)
 

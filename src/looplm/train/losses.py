@@ -42,7 +42,7 @@ class LoopLossConfig(Config):
     than were trained then still answer. Costs coda and head once more per loop; logits are kept for none of them."""
 
     share: Number = Field(gt=0, lt=1)
-    """Of the whole loss, for all earlier loops together."""
+    """Share of the whole loss, for all earlier loops together."""
     weights: Literal["uniform", "linear"] = "uniform"
     """How the share is split: alike, or in proportion to the loop's number."""
 

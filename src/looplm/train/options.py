@@ -1,4 +1,4 @@
-"""What a training run is told: its budgets, its plan of loops, its losses, how often it is saved and looked at."""
+"""The options of a training run: budgets, loop plan, losses, how often it is saved and watched."""
 
 from dataclasses import dataclass
 
@@ -60,7 +60,7 @@ class TrainConfig(Config):
     checkpoint_minutes: PositiveFloat = 5.0
     """Wall time between checkpoints; one more is written at the end."""
     checkpoint_steps: PositiveInt | None = None
-    """Steps between checkpoints, in place of the time."""
+    """Steps between checkpoints, instead of the time."""
     keep: PositiveInt = 2
     """Newest checkpoints kept."""
     recompute: bool = False
@@ -84,7 +84,7 @@ class TrainConfig(Config):
                 )
         if self.exit_gate is not None:
             if self.loop_loss is not None or self.state_loss is not None or self.label_smoothing:
-                raise ValueError("exit_gate has a loss of its own: leave out loop_loss, state_loss and label_smoothing")
+                raise ValueError("exit_gate has its own loss: leave out loop_loss, state_loss and label_smoothing")
             if isinstance(self.plan, PoissonPlanConfig) or getattr(self.plan, "n_grad", None) is not None:
                 raise ValueError(f"exit_gate looks at all loops of all sequences; plan kind {self.plan.kind} does not")
         return self

@@ -98,13 +98,13 @@ class RunConfig(Config):
             isinstance(data, PermutationsConfig) and data.gate is not None
         )
         if self.train.shard and is_gated:
-            raise ValueError("what is gated on accuracy asks the whole model between steps: set train.shard to false")
+            raise ValueError("a gate on accuracy runs the whole model between steps: set train.shard to false")
         if longest > model.seq_len:
             raise ValueError(f"sequences of {longest} tokens do not fit the model's seq_len {model.seq_len}: raise it")
         return self
 
 
-# What may change when a run is continued: nothing that decides a step, except how many of them there are.
+# What may change when a run is continued: nothing that decides a step, only how many steps there are.
 PLACES = ("data.path", "data.folders", "data.phases")
 CHANGEABLE = tuple(
     f"train.{name}"
@@ -288,7 +288,7 @@ def _source(config: RunConfig) -> Source:
     _check_memory(config)
     source = make_source(config.data, seed=config.train.seed)
     if config.train.validate_every is not None and isinstance(config.data, BytesConfig | PreparedConfig):
-        held_out_text(config.data)  # what there is none of is said now, not after some steps
+        held_out_text(config.data)  # fail now if there is no held-out text, not at the first validation
     if isinstance(source, PreparedSource) and config.model.vocab_size < source.vocab_size:
         raise ConfigError(
             f"the text has {source.vocab_size} kinds of tokens and the model {config.model.vocab_size}: give "
@@ -322,8 +322,8 @@ def _train(
 
 
 def _validation(config: RunConfig, folder: Path) -> Validate:
-    """What is said of a model on held-out data: bits per byte of text, else the loss in nats. A text's beginning, drawn
-    from the model, is added to the folder's samples."""
+    """The validation of a model: bits per byte of held-out text, else the held-out loss in nats. A text drawn from the
+    model is added to the folder's samples."""
     data, n_loops = config.data, config.model.n_loops
     batches = held_out_batches(data)
     if isinstance(data, BytesConfig | PreparedConfig):

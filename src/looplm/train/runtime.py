@@ -14,7 +14,7 @@ from looplm.errors import ConfigError
 from looplm.model.compiler import has_compiler
 from looplm.model.looped import LoopedLM
 
-MOST_THREADS = 1024  # every one takes memory of its own; a hundred thousand end the process
+MOST_THREADS = 1024  # each takes its own memory; a hundred thousand end the process
 
 
 class RuntimeConfig(Config):

@@ -1,6 +1,7 @@
 """Small models and one thread: on shared cores OpenMP's spinning costs more than it gains."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -15,6 +16,9 @@ from looplm.config import apply_overrides, parse
 from looplm.model.looped import LoopedLM, ModelConfig
 
 torch.set_num_threads(1)
+# A shell's background jobs, and with them these tests and what they start, begin with these ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 TINY: dict[str, Any] = {
     "vocab_size": 40,

@@ -45,7 +45,9 @@ def test_threads_generate_what_the_main_one_does(make_model: Callable[..., Loope
     assert in_threads([*works, *works]) == [work() for work in works] * 2
 
 
-@pytest.mark.parametrize("max_unrolled", [99, 0], ids=["step", "parts"])
+@pytest.mark.parametrize(
+    "max_unrolled", [pytest.param(99, id="step"), pytest.param(0, id="parts", marks=pytest.mark.long)]
+)
 def test_first_calls_of_a_compiled_model_may_come_from_several_threads_at_once(
     max_unrolled: int, make_model: Callable[..., LoopedLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:

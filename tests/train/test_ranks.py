@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import long
 from looplm.checkpoint import latest_checkpoint, load_run
 from looplm.config import to_yaml
 from looplm.errors import CheckpointError
@@ -37,7 +38,7 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("parts", [[], [EXPERTS], [ADAPTER]], ids=["plain", "experts", "adapter"])
+@pytest.mark.parametrize("parts", [[ADAPTER], *long(([],), ([EXPERTS],))])
 def test_two_ranks_follow_the_curve_of_one(tmp_path: Path, tiny_reason: list[str], parts: list[str]) -> None:
     config = resolve_run("reason", overrides=[*tiny_reason, "train.accumulate=4", PLAN, *parts])
     recipe = tmp_path / "recipe.yaml"
@@ -115,8 +116,7 @@ THIN = ["model.adapter={rank: 1, n_loops: 3}"]  # whose matrices are as large as
 
 @pytest.mark.parametrize(
     "parts",
-    [[], [EXPERTS], [ADAPTER, *MATRICES, *LOSSES], [*GATE, *SCALARS, *THIN, MATRICES[0]]],
-    ids=["plain", "experts", "adapter, losses", "gate, scalars"],
+    [[ADAPTER, *MATRICES, *LOSSES], *long(([],), ([EXPERTS],), ([*GATE, *SCALARS, *THIN, MATRICES[0]],))],
 )
 def test_ranks_that_share_the_weights_out_follow_the_curve_of_one(
     tmp_path: Path, tiny_reason: list[str], parts: list[str]

@@ -106,6 +106,7 @@ def score_sequences(
 class _DepthBatch:
     """The rows that are in the batch, with their cache."""
 
+    @TURNS.forward()
     def __init__(self, model: LoopedLM, rule: ExitRule, *, longest: int) -> None:
         self.model = model
         self.rule = rule

@@ -13,6 +13,7 @@ from looplm.errors import ConfigError, DataError, LooplmError
 from looplm.infer.decoders import EarlyExit, FullDepth, StopsEarly
 from looplm.infer.sampling import Sampler, SamplingConfig
 from looplm.model.cache_memory import check_cache_fits
+from looplm.model.compiler import TURNS
 from looplm.model.loop.plan import LoopPlan
 from looplm.model.looped import LoopedLM
 
@@ -123,6 +124,7 @@ class _Batch:
         self.active: set[int] = set()  # texts in the batch that have not ended
         self.decoder: FullDepth | None = None
 
+    @TURNS.forward()
     def admit(self, numbers: list[int]) -> None:
         """These texts join, in rows of texts that have ended, their first tokens chosen. Each prompt runs once, however
         many of them begin with it."""
@@ -149,6 +151,7 @@ class _Batch:
         self.active |= set(numbers)
         self._take(numbers, logits, decoder.depths)
 
+    @TURNS.forward()
     def step(self, *, shrink: bool) -> None:
         """One more token for every text. With `shrink`, rows that nobody will take are left out once they are many. An
         ended text still in its row runs its last token again, where the others are: harmless, nobody reads it."""

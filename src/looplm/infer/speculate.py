@@ -135,6 +135,7 @@ def generate_or_draft(
 class _Drafting(PartialDepth):
     """One text whose newest tokens have run the draft's loops alone."""
 
+    @TURNS.forward()
     def __init__(self, model: LoopedLM, draft: Draft, *, capacity: int, n_loops: int) -> None:
         super().__init__(model, batch_size=1, capacity=capacity, n_loops=n_loops)
         self.draft = draft

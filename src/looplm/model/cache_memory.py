@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from looplm.errors import ConfigError
+from looplm.model.compiler import TURNS
 
 if TYPE_CHECKING:
     from looplm.model.looped import LoopedLM
@@ -32,6 +33,7 @@ def cache_bytes(model: "LoopedLM", *, batch_size: int, capacity: int, n_loops: i
     return model.n_slots(n_loops) * width * model.embed.weight.itemsize * batch_size * capacity
 
 
+@TURNS.forward()
 def check_cache_fits(model: "LoopedLM", *, batch_size: int, capacity: int, n_loops: int) -> None:
     """Refuse a cache larger than the memory of the model's device.
 

@@ -19,16 +19,23 @@ if asked["with_torch"]:
     import torch
 before = set(sys.modules)
 from looplm.cli.main import main
+class Said(io.StringIO):
+    at_first = None
+    def write(self, text):
+        if self.at_first is None:
+            self.at_first = set(sys.modules)
+        return super().write(text)
 found = []
 for words in asked["commands"]:
     sys.argv = ["looplm", *words]
-    said = io.StringIO()
+    said = Said()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             main()
     except SystemExit as error:
         status = error.code or 0
-    loaded = [name for name in asked["names"] if name in sys.modules and name not in before]
+    now = said.at_first if asked["until_it_prints"] else sys.modules
+    loaded = [name for name in asked["names"] if name in now and name not in before]
     found.append([" ".join(words), status, loaded, said.getvalue()[-500:]])
 print(json.dumps(found))
 """
@@ -44,9 +51,12 @@ HEAVY = (
 )
 
 
-def check(tmp_path: Path, *commands: str, names: tuple[str, ...], with_torch: bool) -> None:
-    """None of `names` is loaded after any of the commands."""
+def check(
+    tmp_path: Path, *commands: str, names: tuple[str, ...], with_torch: bool, until_it_prints: bool = False
+) -> None:
+    """None of `names` is loaded after any of the commands, or when it prints first."""
     asked = {"commands": [words.split() for words in commands], "names": names, "with_torch": with_torch}
+    asked["until_it_prints"] = until_it_prints
     path = tmp_path / "asked.json"
     path.write_text(json.dumps(asked))
     command = [sys.executable, "-c", RUN_ALL, str(path)]
@@ -87,6 +97,10 @@ EVAL = "eval builtin:reasoner --n 1 --no-harder"
 
 def test_no_command_loads_what_it_needs_not(tmp_path: Path) -> None:
     check(tmp_path, "count looplm-text-1m", "config reason", GENERATE, "chat", EVAL, names=HEAVY, with_torch=True)
+
+
+def test_plan_prints_what_a_run_does_before_it_measures_memory(tmp_path: Path) -> None:
+    check(tmp_path, "plan text data.path=x --gpus 1", names=HEAVY, with_torch=True, until_it_prints=True)
 
 
 @pytest.mark.long

@@ -9,7 +9,7 @@ from looplm.cli.arguments import JsonSwitch, count_option, refuse_file_for_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from looplm.train.needs import Needs
+    from looplm.train.needs import Needs, Work
 
 
 def plan(
@@ -43,6 +43,7 @@ def plan(
     """
     import json
     from dataclasses import asdict
+    from functools import partial
 
     from looplm.cli.arguments import numbers
     from looplm.cli.tables import print_table
@@ -54,21 +55,19 @@ def plan(
     kind = find_gpu(gpu)
     counts = numbers(gpus, option="--gpus")
     config = resolve_run(recipe, overrides=overrides or [], model=model)
-    found = needs(config, gpu=kind, n_gpus=counts, tokens=tokens, mfu=mfu, price=price)
+    again = ", computed again in the backward pass" if config.train.recompute else ""
+    found = needs(
+        config,
+        gpu=kind,
+        n_gpus=counts,
+        tokens=tokens,
+        mfu=mfu,
+        price=price,
+        on_work=None if json_out else partial(_print_work, again=again),
+    )
     if json_out:
         typer.echo(json.dumps(asdict(found)))
         return
-    loops, batch = found.loops, found.batch
-    active = f", {found.active:,} active" if found.active < found.parameters else ""
-    gradient = "" if loops.mean == loops.mean_with_gradient else f", {loops.mean_with_gradient:.2f} with gradient"
-    again = ", computed again in the backward pass" if config.train.recompute else ""
-    typer.echo(f"parameters   {found.parameters:,}{active}")
-    typer.echo(f"loops        {loops.mean:.2f} on average{gradient}{again}; memory for {loops.most_with_gradient}")
-    typer.echo(f"tokens       {found.tokens:.3g} ({found.tokens_from})")
-    typer.echo(f"FLOPs        {found.flops_per_token:.3g} a token, {found.flops:.3g} in all")
-    typer.echo(
-        f"micro-batch  {batch.n_rows} rows of {batch.row_len} tokens; {found.accumulate} a step, shared by the GPUs"
-    )
     print_table(_memory(found))
     typer.echo(f"GB per GPU; fits: {USABLE:.0%} of the {kind.memory_gb:g} GB of {gpu} hold it.\n")
     print_table(_cost(found))
@@ -83,6 +82,20 @@ def plan(
         typer.echo(
             f"{numbers_of} GPUs need train.accumulate to be a multiple of their number: it is {found.accumulate}."
         )
+
+
+def _print_work(work: "Work", *, again: str) -> None:
+    """The lines above the tables."""
+    loops, batch = work.loops, work.batch
+    active = f", {work.active:,} active" if work.active < work.parameters else ""
+    gradient = "" if loops.mean == loops.mean_with_gradient else f", {loops.mean_with_gradient:.2f} with gradient"
+    typer.echo(f"parameters   {work.parameters:,}{active}")
+    typer.echo(f"loops        {loops.mean:.2f} on average{gradient}{again}; memory for {loops.most_with_gradient}")
+    typer.echo(f"tokens       {work.tokens:.3g} ({work.tokens_from})")
+    typer.echo(f"FLOPs        {work.flops_per_token:.3g} a token, {work.flops:.3g} in all")
+    typer.echo(
+        f"micro-batch  {batch.n_rows} rows of {batch.row_len} tokens; {work.accumulate} a step, shared by the GPUs"
+    )
 
 
 def _memory(found: "Needs") -> "Table":

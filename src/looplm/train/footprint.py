@@ -14,7 +14,6 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from looplm.checkpoint import own_tensors
 from looplm.data.pack import Batch
@@ -96,6 +95,8 @@ class Shape:
 
 def measure(config: ModelConfig, train: TrainConfig, shape: Shape, *, n_loops: int) -> Parts:
     """The parts of a run with micro-batches of `shape` and `n_loops` loops with gradient."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # loads sympy, which takes as long as half of torch
+
     # tensors with a shape and a type and no memory: only Python runs, whatever the size
     with FakeTensorMode():
         model = LoopedLM(config)

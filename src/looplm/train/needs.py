@@ -3,7 +3,7 @@ GPU."""
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,8 +77,8 @@ class OnGPUs:
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What a run needs."""
+class Work:
+    """What a run does, whatever it runs on."""
 
     parameters: int
     active: int
@@ -94,6 +94,12 @@ class Needs:
     """The micro-batch with the most tokens."""
     accumulate: int
     """Micro-batches of a step, of all GPUs together."""
+
+
+@dataclass(frozen=True)
+class Needs(Work):
+    """What a run needs."""
+
     on: list[OnGPUs]
 
 
@@ -105,9 +111,10 @@ def needs(
     tokens: float | None = None,
     mfu: float = 0.4,
     price: float | None = None,
+    on_work: Callable[[Work], None] | None = None,
 ) -> Needs:
     """What training `config` needs on each number of GPUs that reach `mfu` of their peak; `price` in dollars per GPU
-    and hour.
+    and hour. `on_work` is called before the memory is measured, which takes seconds.
 
     Raises:
         ConfigError: mfu is not a share, or a price or a number of tokens is out of range.
@@ -124,14 +131,7 @@ def needs(
     n_tokens, tokens_from = _tokens(config, cost, sizes.parameters) if tokens is None else (int(tokens), "as given")
     flops = cost.of(n_tokens)
     batch = max(_shapes(config.data), key=lambda shape: shape.batch.n_tokens).batch
-    parts = measure(config.model, config.train, batch, n_loops=loops.most_with_gradient)
-    on = []
-    for n in n_gpus:
-        hours = flops / (n * gpu.tflops * 1e12 * mfu) / 3600
-        ddp, fsdp = parts.replicated(), parts.sharded(n, accumulates=config.train.accumulate > n)
-        ddp_fits, fsdp_fits = (each.total <= USABLE * gpu.memory_gb * 1e9 for each in (ddp, fsdp))
-        on.append(OnGPUs(n, ddp, ddp_fits, fsdp, fsdp_fits, hours, hours * n * price))
-    return Needs(
+    work = Work(
         parameters=sizes.parameters,
         active=sizes.active,
         loops=loops,
@@ -141,8 +141,17 @@ def needs(
         flops=flops,
         batch=batch,
         accumulate=config.train.accumulate,
-        on=on,
     )
+    if on_work is not None:
+        on_work(work)
+    parts = measure(config.model, config.train, batch, n_loops=loops.most_with_gradient)
+    on = []
+    for n in n_gpus:
+        hours = flops / (n * gpu.tflops * 1e12 * mfu) / 3600
+        ddp, fsdp = parts.replicated(), parts.sharded(n, accumulates=config.train.accumulate > n)
+        ddp_fits, fsdp_fits = (each.total <= USABLE * gpu.memory_gb * 1e9 for each in (ddp, fsdp))
+        on.append(OnGPUs(n, ddp, ddp_fits, fsdp, fsdp_fits, hours, hours * n * price))
+    return Needs(**vars(work), on=on)
 
 
 def plan_loops(plan: PlanConfig, data: DataConfig) -> Loops:

@@ -144,7 +144,7 @@ def test_the_gate_s_loss_is_the_losses_of_the_loops_by_where_tokens_leave() -> N
     [
         (["train.exit_gate={}"], "set both or neither"),
         (["model.exit.kind=gate"], "set both or neither"),
-        (["model.exit.kind=gate", "train.exit_gate={}", "train.loop_loss={share: 0.3}"], "a loss of its own"),
+        (["model.exit.kind=gate", "train.exit_gate={}", "train.loop_loss={share: 0.3}"], "its own loss"),
         (["model.exit.kind=gate", "train.exit_gate={}", "train.plan={kind: poisson, mean: 2}"], "all loops"),
         (["model.exit.kind=gate", "train.exit_gate={}", "model.backout=true"], "backout"),
     ],

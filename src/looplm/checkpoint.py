@@ -516,7 +516,7 @@ def reading_from(folder: Path, path: Path, damage: Damage | None) -> Iterator[No
             raise CheckpointError(f"{damage}; restore or retrain it")
     except CheckpointError as error:
         before = None if path == folder else _whole_before(folder, path)
-        hint = "" if before is None else f" An earlier checkpoint is there: delete {path} to go back to {before.name}."
+        hint = "" if before is None else f". An earlier checkpoint is there: delete {path} to go back to {before.name}."
         raise CheckpointError(f"{error}{hint}") from None
 
 

@@ -40,8 +40,8 @@ class End(io.StringIO):
 sys.stdout = End()
 main()
 """
-# words of the command: whether it takes torch, and what ends it early
-COMMANDS: dict[str, tuple[bool, str | None]] = {
+# words of the command: whether it takes torch (None for one without a bound), and what ends it early
+COMMANDS: dict[str, tuple[bool | None, str | None]] = {
     "--version": (False, None),
     "--help": (False, None),
     "train --help": (False, None),
@@ -57,7 +57,7 @@ COMMANDS: dict[str, tuple[bool, str | None]] = {
     "count builtin:reasoner": (True, None),
     "plan pretrain": (True, UNTIL_PRINTED),
     "config reason": (True, None),
-    "train s3 --steps 1 --out NEW train.n_workers=0": (True, None),
+    "train s3 --steps 1 --out NEW train.n_workers=0": (None, None),
 }
 
 
@@ -111,6 +111,9 @@ def main() -> None:
                 found[text] = cpu_seconds(start + words, times=args.times)
             except SystemExit as error:  # `--version` of an older commit
                 print(f"| `{text}` | {str(error).splitlines()[-1]} | |", flush=True)
+                continue
+            if with_torch is None:
+                print(f"| `{text}` | {found[text]:.2f} | |", flush=True)
                 continue
             bound = found["import torch"] + ABOVE_TORCH if with_torch else LIGHT
             mark = " (above)" if found[text] > bound else ""

@@ -12,42 +12,49 @@ from looplm.errors import ConfigError
 SUITES = ("reasoning", "s3", "loops")
 MOST_QUESTIONS = 100_000
 NO_TEXT = "is where a text is; this suite's questions are generated"
+SuiteName = Annotated[
+    str | None,
+    typer.Option(
+        help="reasoning, s3, or loops: what the run was trained on, over the whole dial. Default: by the run.",
+        show_default=False,
+    ),
+]
+NQuestions = Annotated[
+    int | None,
+    count_option(
+        "--n",
+        help="Questions per task (500; loops: 100), or sequences per length (200).",
+        most=MOST_QUESTIONS,
+        show_default=False,
+    ),
+]
+LoopCounts = Annotated[
+    str | None,
+    typer.Option(
+        help="Numbers of loops, as 1,2,4,8; for s3 also rules of the length, as n/2,n,1.5n.", show_default=False
+    ),
+]
+Harder = Annotated[
+    bool | None,
+    typer.Option("--harder/--no-harder", help="Also score questions beyond the trained ranges.", show_default="on"),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Where a run's text is now: the file, or the prepared folder.", show_default="as trained on"),
+]
+Lengths = Annotated[str | None, typer.Option(help="Sequence lengths for s3, as 12,24,64.", show_default=False)]
 
 
 def evaluate(
     run: Annotated[str, typer.Argument(help="A run folder, or builtin:reasoner.")],
-    suite: Annotated[
-        str | None,
-        typer.Option(
-            help="reasoning, s3, or loops: what the run was trained on, over the whole dial. Default: by the run.",
-            show_default=False,
-        ),
-    ] = None,
-    n: Annotated[
-        int | None,
-        count_option(
-            "--n",
-            help="Questions per task (500; loops: 100), or sequences per length (200).",
-            most=MOST_QUESTIONS,
-            show_default=False,
-        ),
-    ] = None,
-    loops: Annotated[
-        str | None,
-        typer.Option(
-            help="Numbers of loops, as 1,2,4,8; for s3 also rules of the length, as n/2,n,1.5n.", show_default=False
-        ),
-    ] = None,
-    lengths: Annotated[
-        str | None, typer.Option(help="Sequence lengths for s3, as 12,24,64.", show_default=False)
-    ] = None,
+    suite: SuiteName = None,
+    n: NQuestions = None,
+    loops: LoopCounts = None,
+    lengths: Lengths = None,
     questions: Annotated[
         Path | None, typer.Option(help='Your own questions: {"task", "question", "answer"} a line.', show_default=False)
     ] = None,
-    harder: Annotated[
-        bool | None,
-        typer.Option("--harder/--no-harder", help="Also score questions beyond the trained ranges.", show_default="on"),
-    ] = None,
+    harder: Harder = None,
     exit_rule: Annotated[
         str | None,
         typer.Option(
@@ -63,10 +70,7 @@ def evaluate(
             help="With --exit, for text: the keys of skipped loops, recompute or last.", show_default="recompute"
         ),
     ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Where a run's text is now: the file, or the prepared folder.", show_default="as trained on"),
-    ] = None,
+    data: Data = None,
     device: Device = "cpu",
     dtype: DType = "fp32",
     json_out: Annotated[

@@ -36,6 +36,18 @@ DraftLoops = Annotated[
     ),
 ]
 Compile = Annotated[bool, typer.Option("--compile", help="Wait up to a minute once, then write twice as fast or more.")]
+Prompt = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A question, or the beginning of a text; repeat the option for a batch. - reads a prompt a line from "
+        "standard input.",
+        show_default=False,
+    ),
+]
+# A separate option instead of --prompt @FILE, since a prompt may begin with any character.
+PromptFile = Annotated[
+    Path | None, typer.Option(help="A file with a prompt a line; blank lines are skipped.", show_default=False)
+]
 
 
 def chat(
@@ -79,22 +91,8 @@ def chat(
 def generate(
     ctx: typer.Context,
     run: RunArgument,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A question, or the beginning of a text; repeat the option for a batch. - reads a prompt a line from "
-            "standard input.",
-            show_default=False,
-        ),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="A file with a prompt a line, blank lines skipped. (A separate option, since a prompt may begin "
-            "with any character.)",
-            show_default=False,
-        ),
-    ] = None,
+    prompt: Prompt = None,
+    prompts: PromptFile = None,
     loops: Annotated[int | None, count_option("--loops", help="Passes through the core.", show_default=False)] = None,
     max_new_tokens: Annotated[int, count_option("--max-new-tokens", help="Longest completion.")] = 320,
     batch_size: Annotated[
@@ -164,13 +162,19 @@ def generate(
     for text, reply in zip(asked, replies, strict=True):
         if json_out:
             _print_record(text, reply, is_text=is_text, n_loops=n_loops, seconds=seconds)
-        elif is_text:
-            typer.secho(text, dim=True, nl=False)
-            typer.echo(reply.text)
         else:
-            for step in reply.completion.steps:
-                typer.secho(f"  {step}", dim=True)
-            typer.echo(reply.completion.answer if reply.completion.answer is not None else reply.text)
+            _print_reply(text, reply, is_text=is_text)
+
+
+def _print_reply(prompt: str, reply: Any, *, is_text: bool) -> None:
+    """A text behind its prompt, or an answer below its steps; what is not the result is dimmed."""
+    if is_text:
+        typer.secho(prompt, dim=True, nl=False)
+        typer.echo(reply.text)
+        return
+    for step in reply.completion.steps:
+        typer.secho(f"  {step}", dim=True)
+    typer.echo(reply.completion.answer if reply.completion.answer is not None else reply.text)
 
 
 def _prompts(given: Sequence[str], file: Path | None) -> list[str]:

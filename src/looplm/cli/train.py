@@ -1,6 +1,8 @@
 """`looplm train`."""
 
 import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,12 +58,8 @@ def train(
 
     words = list(arguments or [])
     recipe = words.pop(0) if words and "=" not in words[0] else None
-    overrides = [f"train.{key}={value}" for key, value in (("seed", seed), ("keep", keep)) if value is not None]
     budgets = {"minutes": minutes, "steps": steps, "tokens": tokens, "flops": flops}
-    if any(value is not None for value in budgets.values()):
-        # a budget given here replaces the preset's, whatever its unit
-        overrides += [f"train.{name}={'null' if value is None else value}" for name, value in budgets.items()]
-    overrides += words
+    overrides = [*_overrides(budgets, seed=seed, keep=keep), *words]
     if resume is not None and (recipe is not None or out is not None or model is not None):
         raise ConfigError("--resume continues a run as it is: leave out the recipe, --out and --model")
     if resume is None:
@@ -75,36 +73,46 @@ def train(
     from looplm.dist import is_main
     from looplm.train.run import resolve_run, resume_run, start_run
 
+    train_it: Callable[..., FitResult]
     if resume is not None:
-        folder = resume
-
-        def train_it(progress: TrainingProgress) -> "FitResult":
-            return resume_run(folder, overrides=overrides, observers=(progress,), say=progress.say)
+        folder, train_it = resume, partial(resume_run, resume, overrides=overrides)
     else:
         assert recipe is not None
         folder = out or Path("runs") / Path(recipe).stem
         config = resolve_run(
             recipe, overrides=overrides, model=model, on_choice=lambda text: typer.secho(text, dim=True, err=True)
         )
-
-        def train_it(progress: TrainingProgress) -> "FitResult":
-            return start_run(config, folder, observers=(progress,), say=progress.say)
-
+        train_it = partial(start_run, config, folder)
     try:
         with TrainingProgress() as progress:
-            result = train_it(progress)
+            result = train_it(observers=(progress,), say=progress.say)
     except KeyboardInterrupt:
         if is_main():
-            kept = checkpoints(folder)
-            typer.echo(
-                f"stopped at once; kept: {kept[-1]}; continue with: looplm train --resume {folder}"
-                if kept
-                else "stopped before the first checkpoint; there is nothing to continue",
-                err=True,
-            )
+            _say_what_is_kept(folder, checkpoints(folder))
         raise typer.Exit(130) from None
-    if not is_main():
-        return
+    if is_main():
+        _say_how_it_ended(folder, result)
+
+
+def _overrides(budgets: Mapping[str, float | None], **given: int | None) -> list[str]:
+    """The options as changes of the config. A budget replaces the preset's, whatever its unit."""
+    found = [f"train.{key}={value}" for key, value in given.items() if value is not None]
+    if any(value is not None for value in budgets.values()):
+        found += [f"train.{name}={'null' if value is None else value}" for name, value in budgets.items()]
+    return found
+
+
+def _say_what_is_kept(folder: Path, kept: Sequence[Path]) -> None:
+    """What a run that was ended at once leaves: its complete checkpoints."""
+    typer.echo(
+        f"stopped at once; kept: {kept[-1]}; continue with: looplm train --resume {folder}"
+        if kept
+        else "stopped before the first checkpoint; there is nothing to continue",
+        err=True,
+    )
+
+
+def _say_how_it_ended(folder: Path, result: "FitResult") -> None:
     position = result.position
     share = position.seconds_waited / max(position.seconds, 1e-9)
     typer.echo(
